@@ -641,7 +641,7 @@ def select_cases():
 
 
 @pytest.mark.parametrize(
-    "args", select_cases(),
+    "args", list(select_cases()),
     ids=lambda a: "-".join(["fill" if a["fill"] else "ragged", a["budget"],
                             f"tau{a['threshold']}", f"C{a['cache_size']}"]),
 )  # fmt: skip
