@@ -38,7 +38,8 @@ def close(got: Tensor, want: Tensor, atol: float = 1e-12) -> None:
 
 def test_docstring_examples():
     result = doctest.testmod(reference)
-    assert result.attempted > 15 and result.failed == 0
+    assert result.attempted > 15
+    assert result.failed == 0
 
 
 def test_constants_equal_the_header():
@@ -68,7 +69,8 @@ def test_spectrogram_is_the_windowed_fourier_sum():
     attn, tail = rand(2, 48, 5), rand(2, 5, 16)
     got = reference.spectrogram_from_attention(attn, tail)
     x = torch.cat([tail, attn.transpose(1, 2)], dim=-1)
-    assert got.shape == (2, 3, 5, 17) and got.dtype == F64
+    assert got.shape == (2, 3, 5, 17)
+    assert got.dtype == F64
     for f, k in itertools.product(range(3), range(17)):
         total = torch.zeros(2, 5, dtype=torch.complex128)
         for m in range(32):
@@ -150,13 +152,16 @@ def test_normalise():
     ema, mean, var = rand(4, 17).abs(), rand(17), rand(17).abs()
     var[3] = 0.0
     std = [max(math.sqrt(v), 1e-7) for v in var.tolist()]
-    want = [[(e - m) / s for e, m, s in zip(row, mean.tolist(), std)] for row in ema.tolist()]
+    want = [
+        [(e - m) / s for e, m, s in zip(row, mean.tolist(), std, strict=True)]
+        for row in ema.tolist()
+    ]
     torch.testing.assert_close(reference.normalise(ema, mean, var), torch.tensor(want, dtype=F64))
 
     want = [
         [
             min(max((math.log(e + 1e-3) - m) / s, -20.0), 20.0)
-            for e, m, s in zip(row, mean.tolist(), std)
+            for e, m, s in zip(row, mean.tolist(), std, strict=True)
         ]
         for row in ema.tolist()
     ]
@@ -168,7 +173,7 @@ def test_normalise():
 def test_recency_of_any_age():
     ages = torch.tensor([0, 1, 511, 32768, 2_000_000])
     got = reference.recency_embedding(ages, offset=1, dtype=F64)
-    for row, age in zip(got.tolist(), ages.tolist()):
+    for row, age in zip(got.tolist(), ages.tolist(), strict=True):
         freqs = [50000.0 ** (-j / 4) for j in range(4)]
         want = [fn((age + 1) * f) for fn in (math.sin, math.cos) for f in freqs]
         assert row == pytest.approx(want, abs=1e-9)
@@ -216,7 +221,7 @@ def test_bam_padding_is_invisible():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("hidden, depth, residual_first", [
+@pytest.mark.parametrize(("hidden", "depth", "residual_first"), [
     (25, 1, False), (25, 2, True), (7, 2, False), (25, 4, True), (7, 4, False),
 ])  # fmt: skip
 def test_mlp(hidden, depth, bias, residual_first):
@@ -313,7 +318,10 @@ class DenseRow:
             scores.append(bam_oracle(x, self.params) if s.scorer == "bam" else x @ self.params)
             self.rows[h] = []
         kept = select_oracle([x.tolist() for x in scores], self.alive, **s.select_args)
-        self.alive = [[p for p, k in zip(a, f) if k] for a, f in zip(self.alive, kept)]
+        self.alive = [
+            [p for p, k in zip(a, f, strict=True) if k]
+            for a, f in zip(self.alive, kept, strict=True)
+        ]
         return self.alive
 
 
@@ -321,8 +329,8 @@ def select_oracle(scores, pos, *, threshold, cache_size, budget, fill, protect_n
                   sink_tokens, recent_tokens):  # fmt: skip
     """SelectParams read aloud, on lists: one list of scores and positions per head of a row."""
     tokens = []
-    for h, (row, positions) in enumerate(zip(scores, pos)):
-        for i, (score, p) in enumerate(zip(row, positions)):
+    for h, (row, positions) in enumerate(zip(scores, pos, strict=True)):
+        for i, (score, p) in enumerate(zip(row, positions, strict=True)):
             newest = protect_newest and i == len(row) - 1
             forced = newest or p < sink_tokens or positions[-1] - p < recent_tokens
             tokens.append(
@@ -397,7 +405,9 @@ class RaggedLayer:
         if not due:
             return []
         active = torch.tensor([b in due for b in range(s.num_rows)])
-        pos_q = ints(*(seen - clock - 16 for seen, clock in zip(self.seen, self.clock)))
+        pos_q = ints(
+            *(seen - clock - 16 for seen, clock in zip(self.seen, self.clock, strict=True))
+        )
         k, v, pos, state = self.store
         before = state.clone()
         state = reference.spectrogram(
@@ -423,7 +433,7 @@ class RaggedLayer:
         new = self.fresh(int(cu_new[-1]))
         for i, n in enumerate(num_kept.tolist()):
             rows = slice(int(cu_new[i]), int(cu_new[i]) + n)
-            for target, source in zip(new, packed):
+            for target, source in zip(new, packed, strict=True):
                 target[rows] = source[rows]
         self.store, self.cu, self.used = new, cu_new, num_kept
         for b in due:
@@ -483,27 +493,29 @@ def test_ragged_layer_equals_dense_layer(name, poison):
     updates = evicted = 0
     while min(layer.seen) < s.total:
         limits = [
-            min(s.n_up - clock, s.total - seen) for clock, seen in zip(layer.clock, layer.seen)
+            min(s.n_up - clock, s.total - seen)
+            for clock, seen in zip(layer.clock, layer.seen, strict=True)
         ]
         num_new = [rng.randint(0, limit) for limit in limits]
         if not any(num_new):
             num_new = limits
         first = [rng.randint(0, 3) for _ in num_new]
-        width = max(a + n for a, n in zip(first, num_new)) + 1
+        width = max(a + n for a, n in zip(first, num_new, strict=True)) + 1
         junk = NAN if poison else 0.0
         call = [
             torch.full((s.num_rows, x.shape[1], width, s.head_dim), junk, dtype=F64)
             for x in (q, k, v)
         ]
-        for b, (a, n) in enumerate(zip(first, num_new)):
-            for target, source in zip(call, (q, k, v)):
+        for b, (a, n) in enumerate(zip(first, num_new, strict=True)):
+            for target, source in zip(call, (q, k, v), strict=True):
                 target[b, :, a : a + n] = source[b, :, layer.seen[b] : layer.seen[b] + n]
         out = layer.feed(*call, first, num_new)
-        for b, (a, n) in enumerate(zip(first, num_new)):
+        for b, (a, n) in enumerate(zip(first, num_new, strict=True)):
             want = [dense[b].step() for _ in range(n)]
             if want:
                 close(out[b, a : a + n], torch.stack(want))
-            assert not out[b, a + n :].any() and not out[b, :a].any()
+            assert not out[b, a + n :].any()
+            assert not out[b, :a].any()
         for b in layer.update(params, index, mean, var):
             updates += 1
             before = dense[b].t
@@ -513,7 +525,8 @@ def test_ragged_layer_equals_dense_layer(name, poison):
                 assert pos.tolist() == kept[h], (b, h)
                 close(state, dense[b].ema[h, kept[h]])
                 evicted += before - len(kept[h])
-    assert updates >= s.num_rows * (s.total // s.n_up) and evicted > 0
+    assert updates >= s.num_rows * (s.total // s.n_up)
+    assert evicted > 0
 
 
 def test_received_attention_is_the_column_sum():
@@ -553,17 +566,21 @@ def test_inactive_rows_stay_as_they_are():
         layer.q_window, layer.lse_window, k, pos, state, layer.cu, layer.used, ints(-16, -16),
         active, softmax_scale=0.4, ema_coeff=0.99,
     )  # fmt: skip
-    assert torch.equal(new[:64], state[:64]) and not torch.equal(new[64:], state[64:])
+    assert torch.equal(new[:64], state[:64])
+    assert not torch.equal(new[64:], state[64:])
     scores = reference.bam_scores(
         state, pos, layer.cu, layer.used, rand(1, 4172), ints(0, 0), rand(17), rand(17).abs(),
         active, log_transform=False, log_eps=1.0,
     )  # fmt: skip
-    assert not scores[:64].any() and scores[64:].all()
+    assert not scores[:64].any()
+    assert scores[64:].all()
     scores[:64] = NAN
     keep, num_kept = reference.select(
         scores, pos, layer.cu, layer.used, active, **{**s.select_args, "cache_size": 3}
     )
-    assert keep[:64].all() and num_kept.tolist()[:2] == [32, 32] and max(num_kept[2:]) <= 3
+    assert keep[:64].all()
+    assert num_kept.tolist()[:2] == [32, 32]
+    assert max(num_kept[2:]) <= 3
 
 
 def test_attend_sees_nothing_before_the_first_key():
@@ -619,7 +636,7 @@ def run_select(scores: list[list[float]], pos=None, num_rows: int = 1, room: int
     pos = pos or [list(range(len(row))) for row in scores]
     flat_scores: list[float] = []
     flat_pos: list[int] = []
-    for row, positions in zip(scores, pos):
+    for row, positions in zip(scores, pos, strict=True):
         flat_scores += [*row, *[NAN] * room]
         flat_pos += [*positions, *[-(10**6)] * room]
     cu = RaggedLayer.slots([len(row) + room for row in scores])
@@ -628,7 +645,10 @@ def run_select(scores: list[list[float]], pos=None, num_rows: int = 1, room: int
         ints(*(len(row) for row in scores)), torch.ones(num_rows, dtype=torch.bool),
         **{**Setting().select_args, **args},
     )  # fmt: skip
-    flags = [[bool(f) for f in keep[int(a) : int(a) + len(row)]] for a, row in zip(cu, scores)]
+    flags = [
+        [bool(f) for f in keep[int(a) : int(a) + len(row)]]
+        for a, row in zip(cu[:-1], scores, strict=True)
+    ]
     return flags, num_kept.tolist()
 
 
@@ -690,7 +710,8 @@ def test_newest_survives_any_score_in_each_head():
     low, high = [-9.0] * 5, [1.0] * 5
     for args in ({"threshold": 0.0}, {"cache_size": 1, "budget": "per_layer"}):
         flags, _ = run_select([low, high], **args)
-        assert flags[0] == [False] * 4 + [True] and flags[1][-1]
+        assert flags[0] == [False] * 4 + [True]
+        assert flags[1][-1]
 
 
 def test_fill_lifts_every_head_to_the_fullest():
@@ -704,13 +725,15 @@ def test_fill_never_couples_batch_rows():
     assert num_kept == [4, 1]
 
 
-@pytest.mark.parametrize("fill, budget", [
+@pytest.mark.parametrize(("fill", "budget"), [
     (False, "per_head"), (True, "per_head"), (False, "per_layer"),
 ])  # fmt: skip
 def test_nan_is_reported_in_its_segment(fill, budget):
     scores = [[1.0, NAN, 1.0], [1.0, -1.0, 1.0], [1.0], [1.0]]
     _, num_kept = run_select(scores, num_rows=2, fill=fill, budget=budget, cache_size=2)
-    assert num_kept[0] == -1 and num_kept[1] == 2 and num_kept[2:] == [1, 1]
+    assert num_kept[0] == -1
+    assert num_kept[1] == 2
+    assert num_kept[2:] == [1, 1]
 
 
 def test_infinite_scores_are_scores():
@@ -735,7 +758,7 @@ def test_append_refuses_to_overflow_a_slot():
         reference.append_(*layer.store, layer.used, layer.cu, new, new, ints(0), ints(33), ints(0))
 
 
-@pytest.mark.parametrize("op, extra", [
+@pytest.mark.parametrize(("op", "extra"), [
     (reference.bam_scores, {}),
     (reference.mlp_scores, {"hidden": 25, "depth": 1, "bias": False, "residual_first": False}),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class NAMMConfig:
         widths = [_NUM_FEATURES, *([self.mlp_hidden] * (self.mlp_depth - 1)), 1]
         return sum(
             fan_in * fan_out + (fan_out if self.mlp_bias else 0)
-            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+            for fan_in, fan_out in itertools.pairwise(widths)
         )
 
     def to_dict(self) -> dict[str, Any]:

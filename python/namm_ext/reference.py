@@ -14,6 +14,7 @@ only, not in the kernels) repeats the roundings of the original's bfloat16 atten
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -121,7 +122,7 @@ def spectrogram_from_attention(attn: Tensor, tail: Tensor | None = None) -> Tens
         >>> mags.shape, [round(v, 4) for v in mags[0, 0, :3].tolist()]
         (torch.Size([2, 1, 17]), [8.0, 4.0, 0.0])
     """
-    n_up, num_keys = attn.shape[-2:]
+    n_up = attn.shape[-2]
     if n_up == 0 or n_up % HOP:
         raise ValueError(
             f"spectrogram_from_attention: attn must have a positive multiple of {HOP} rows, "
@@ -341,7 +342,7 @@ def mlp_layout(hidden: int, depth: int, bias: bool) -> tuple[tuple[str, tuple[in
     """
     widths = [NUM_FEATURES, *([hidden] * (depth - 1)), 1]
     layout: list[tuple[str, tuple[int, ...]]] = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths), start=1):
         layout.append((f"W{i}", (fan_in, fan_out)))
         if bias:
             layout.append((f"b{i}", (fan_out,)))
