@@ -1,0 +1,171 @@
+"""The two functions that transformers calls: attention over a memory, and its mask.
+
+``NAMMLayer.update`` hands the *new* keys back and ties itself to them; the attention function
+finds the layer there. A key without a layer (no ``NAMMCache``, a vision tower, a sliding layer of
+a hybrid) goes to PyTorch's SDPA as if nothing had been registered.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from .cache import NAMMLayer
+
+#: ``attn_implementation`` under which both functions are registered. transformers looks for
+#: "flash", "sdpa", "flex_attention" and "/" inside such names, so it must contain none of them.
+NAME = "namm"
+TAG = "_namm_layer"
+
+# Arguments of attention functions that change the result and that the kernels do not know.
+_UNSUPPORTED = {
+    "s_aux": "attention sinks",
+    "softcap": "softcapped attention logits",
+    "position_bias": "a position bias",
+    "sliding_window": "a sliding window on a full-attention layer",
+}
+
+
+def namm_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Mask for a layer that returns exactly its new tokens: the 2-D padding mask, or None.
+
+    Anything but plain causality over the new tokens (sliding windows, stock caches, overlays) is
+    what ``sdpa_mask`` makes of it.
+    """
+    plain = mask_function is causal_mask_function and allow_is_causal_skip
+    if plain and q_length == kv_length and q_offset == kv_offset:
+        return attention_mask
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+
+
+def namm_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of new tokens over everything their layer remembers, themselves included.
+
+    Args:
+        module: the attention module; its ``layer_idx`` and ``config`` must be the cache's.
+        query: ``[B, Hq, L, D]`` after RoPE. key, value: ``[B, H, L, D]``, as ``update`` returned.
+        attention_mask: None or ``[B, seen + L]`` bool.
+        scaling: softmax scale, default ``D ** -0.5``.
+        dropout: must be 0.
+
+    Returns:
+        ``[B, L, Hq, Dv]`` and None: there are no attention weights to show.
+
+    Raises:
+        ValueError: for whatever would make the result silently wrong; says what.
+    """
+    layer: NAMMLayer | None = getattr(key, TAG, None)
+    if layer is None:
+        return _stock_attention(
+            module, query, key, value, attention_mask, scaling, dropout, **kwargs
+        )
+    for name, meaning in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"namm: {meaning} ({name}) is not supported")
+    if dropout or module.training:
+        raise ValueError(
+            "namm: the model must be in evaluation mode without dropout (model.eval()), got "
+            f"training={module.training}, dropout={dropout}"
+        )
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        raise ValueError(
+            "namm: attention over a memory is not differentiable; run the model under "
+            "torch.no_grad()"
+        )
+    if kwargs.get("is_causal") is False:
+        raise ValueError("namm: attention must be causal, got is_causal=False")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            "namm: attention_mask must be a 2-D padding mask; 4-D and bidirectional masks are not "
+            f"supported, got shape {list(attention_mask.shape)}"
+        )
+    layer.claim(module)
+    if not query.dtype == key.dtype == value.dtype:
+        device_type = query.device.type
+        if not torch.is_autocast_enabled(device_type):
+            raise ValueError(
+                "namm: query, key and value must have one dtype, got "
+                f"{query.dtype}, {key.dtype}, {value.dtype}"
+            )
+        # SDPA is on autocast's list, our ops are not.
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if torch.compiler.is_compiling():
+        out = torch.ops.namm_ext.layer_forward(
+            query, key, value, attention_mask, layer.handle, scale
+        )
+    else:
+        out = layer.forward(query, key, value, attention_mask, scale)
+    return out, None
+
+
+def _stock_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = sdpa_mask(
+            batch_size=query.shape[0],
+            q_length=query.shape[2],
+            kv_length=key.shape[2],
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            device=query.device,
+        )
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    result: tuple[Tensor, None] = sdpa(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return result
+
+
+AttentionInterface.register(NAME, namm_attention_forward)
+AttentionMaskInterface.register(NAME, namm_mask)

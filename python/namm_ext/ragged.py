@@ -1,0 +1,556 @@
+"""Storage of one attention layer: ragged, exactly sized, rebuilt at every update.
+
+A segment is one (batch row, KV head) pair, ``s = b * num_kv_heads + h``. All per-token tensors of
+a layer are flat; segment s owns the rows ``[cu_seqlens_k[s], cu_seqlens_k[s + 1])``::
+
+    k [C, D]  v [C, Dv]  pos [C] int32  state [C, F] float32
+    kept tokens | tokens since the last update | free           slot = kept + n_up, exactly
+
+``n_up`` new tokens are exactly what can arrive before the next update, so appending never
+reallocates and an update always does: what a policy drops goes back to the allocator at once.
+
+The host knows every length without asking the device: row b updates when its own count of real
+tokens is a multiple of ``n_up``, so ``kept`` (set by updates) and ``seen`` say everything, and
+decoding needs no synchronisation. ``Planner`` turns a call into pieces that end at updates; all
+layers of a model ask the same question, so it remembers its last answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .policy import Policy, UpdateContext, check_num_kept
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Queries of the previous period that the first spectrogram frame of a period needs.
+CARRY = 16
+#: A draft of up to this many tokens can be undone while ``recording``.
+ROLLBACK_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens that enter a layer together; no row passes its next update inside a piece.
+
+    Row b brings the columns ``[first[b], first[b] + num_new[b])`` of the call, at positions
+    ``pos_first[b] ...``. ``columns`` is set if these are the same columns for every row; then the
+    tensors describe the slice, so ``first`` is 0. ``slot`` is the window row of the first token if
+    it is the same for every row; otherwise ``scatter`` lists (row, column, window row).
+    """
+
+    first: Tensor
+    num_new: Tensor
+    pos_first: Tensor
+    columns: slice | None
+    slot: int | None
+    scatter: tuple[Tensor, Tensor, Tensor] | None
+    width: int
+    seen: tuple[int, ...]
+    due: tuple[bool, ...] | None  # rows that update after this piece, None for none
+    active: Tensor | None  # the same as a tensor
+    pos_q: Tensor | None  # position of window row 0 at that update
+    seen_tensor: Tensor | None
+
+
+class Planner:
+    """Cuts calls into pieces, row by row, where the rows' own token counts say so.
+
+    Args:
+        n_up: real tokens between two updates of a row.
+    """
+
+    def __init__(self, n_up: int) -> None:
+        self.n_up = n_up
+        self._key: tuple[object, ...] | None = None
+        self._pieces: tuple[Piece, ...] = ()
+        self._base: tuple[tuple[int, ...], Tensor] | None = None
+
+    def __call__(
+        self,
+        seen: tuple[int, ...],
+        num_cols: int,
+        spans: tuple[tuple[int, int], ...] | None,
+        device: torch.device,
+    ) -> tuple[Piece, ...]:
+        """Pieces of one call.
+
+        Args:
+            seen: real tokens of each row before the call.
+            num_cols: columns of the call, L.
+            spans: per row (first real column, number of real columns); None if all are real.
+            device: where the index tensors live.
+        """
+        key = (seen, num_cols, spans, device)
+        if key != self._key:
+            self._pieces = tuple(self._cut(seen, num_cols, spans, device))
+            self._key = key
+        return self._pieces
+
+    def _cut(
+        self,
+        seen: tuple[int, ...],
+        num_cols: int,
+        spans: tuple[tuple[int, int], ...] | None,
+        device: torch.device,
+    ) -> Iterator[Piece]:
+        n_up = self.n_up
+        first = [f for f, _ in spans] if spans else [0] * len(seen)
+        left = [n for _, n in spans] if spans else [num_cols] * len(seen)
+        while any(left):
+            num_new = [min(n_up - s % n_up, n) for s, n in zip(seen, left, strict=True)]
+            slots = [CARRY + s % n_up for s in seen]
+            after = tuple(s + n for s, n in zip(seen, num_new, strict=True))
+            same_columns = len(set(first)) == len(set(num_new)) == 1
+            columns = slice(first[0], first[0] + num_new[0]) if same_columns else None
+            slot = slots[0] if same_columns and len(set(slots)) == 1 else None
+            due = tuple(n > 0 and s % n_up == 0 for s, n in zip(after, num_new, strict=True))
+            pos_q = tuple(
+                s - CARRY - (n_up if d else s % n_up) for s, d in zip(after, due, strict=True)
+            )
+            yield Piece(
+                first=self._tensor((0,) * len(seen) if same_columns else tuple(first), device),
+                num_new=self._tensor(tuple(num_new), device),
+                pos_first=self._positions(seen, device),
+                columns=columns,
+                slot=slot,
+                scatter=None if slot is not None else _scatter(first, num_new, slots, device),
+                width=num_new[0] if same_columns else num_cols,
+                seen=after,
+                due=due if any(due) else None,
+                active=torch.tensor(due, device=device) if any(due) else None,
+                pos_q=self._tensor(pos_q, device) if any(due) else None,
+                seen_tensor=self._tensor(after, device) if any(due) else None,
+            )
+            first = [f + n for f, n in zip(first, num_new, strict=True)]
+            left = [n - m for n, m in zip(left, num_new, strict=True)]
+            seen = after
+
+    @staticmethod
+    def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+        # A fill needs no copy from the host, so decoding an unpadded batch never waits.
+        if len(set(values)) == 1:
+            return torch.full((len(values),), values[0], dtype=torch.int32, device=device)
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    def _positions(self, seen: tuple[int, ...], device: torch.device) -> Tensor:
+        """As ``_tensor``; rows that all moved by the same step reuse the last tensor."""
+        if self._base is not None and self._base[1].device == device:
+            values, tensor = self._base
+            steps = {s - v for s, v in zip(seen, values, strict=False)}
+            if len(values) == len(seen) and len(steps) == 1:
+                self._base = (seen, tensor + steps.pop())
+                return self._base[1]
+        self._base = (seen, self._tensor(seen, device))
+        return self._base[1]
+
+
+def _scatter(
+    first: list[int], num_new: list[int], slots: list[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols, window_rows = [], [], []
+    for b, (f, n, slot) in enumerate(zip(first, num_new, slots, strict=True)):
+        rows += [b] * n
+        cols += range(f, f + n)
+        window_rows += range(slot, slot + n)
+    index = torch.tensor([rows, cols, window_rows], device=device)
+    return index[0], index[1], index[2]
+
+
+class Ledger:
+    """Bytes held now and at most, of keys and values (``kv``) and of everything else (``memory``).
+
+    A ledger with a parent reports to it too, so that the peak of a model is the true one and not
+    the sum of its layers' peaks.
+    """
+
+    def __init__(self, parent: Ledger | None = None) -> None:
+        self.parent = parent
+        self.kv = self.memory = self.peak_kv = self.peak_memory = self.peak = 0
+
+    def add(self, kv: int, memory: int) -> None:
+        """Account for bytes allocated (or freed, if negative)."""
+        self.kv += kv
+        self.memory += memory
+        self.peak_kv = max(self.peak_kv, self.kv)
+        self.peak_memory = max(self.peak_memory, self.memory)
+        self.peak = max(self.peak, self.kv + self.memory)
+        if self.parent is not None:
+            self.parent.add(kv, memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The tensors that an update replaces, and the host's knowledge about them."""
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    state: Tensor
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor
+    slots: tuple[int, ...]  # rows of each segment's slot, room included
+    kept: tuple[int, ...]  # survivors of the last update of each segment
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def memory_bytes(self) -> int:
+        index = self.cu_seqlens_k.nbytes + self.seqused_k.nbytes
+        return self.pos.nbytes + self.state.nbytes + index
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    store: Store
+    q_window: Tensor
+    lse_window: Tensor
+    seen: tuple[int, ...]
+    due: tuple[bool, ...]
+
+
+class RaggedKV:
+    """Keys, values, positions and policy state of one layer, for every row and KV head.
+
+    ``forward`` is the whole life of a call: append, attend, update, piece by piece. The result
+    does not depend on how a sequence is cut into calls.
+
+    Args:
+        policy: decides what stays; on the device of the store.
+        batch_size, num_kv_heads, num_heads, head_dim, head_dim_v: sizes; ``num_heads`` counts
+            query heads, a multiple of ``num_kv_heads``.
+        softmax_scale: factor on ``q k^T``.
+        dtype: of k, v and q. State and log-sum-exps are float32, or float64 with float64.
+        device: of everything.
+        layer_idx: for error messages and for policies that treat layers differently.
+        param_index: ``[B]`` int32, the row of a parameter bank each batch row uses; default 0.
+        ledger: where to account for memory.
+
+    Guarantees: every slot is ``kept + n_up`` rows long; an update is computed out of place and
+    committed once, so a policy that raises leaves the store as it was and the update is made up
+    for by the next call.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        batch_size: int,
+        num_kv_heads: int,
+        num_heads: int,
+        head_dim: int,
+        head_dim_v: int,
+        softmax_scale: float,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        layer_idx: int = 0,
+        param_index: Tensor | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        device = torch.device(device)
+        self.policy = policy
+        self.n_up = policy.n_up
+        self.batch_size = batch_size
+        self.num_kv_heads = num_kv_heads
+        self.softmax_scale = softmax_scale
+        self.layer_idx = layer_idx
+        self.param_index = (
+            torch.zeros(batch_size, dtype=torch.int32, device=device)
+            if param_index is None
+            else param_index.to(device=device, dtype=torch.int32)
+        )
+        self.seen: tuple[int, ...] = (0,) * batch_size
+        self.num_updates = 0
+        self.recording = False
+        self.ledger = Ledger(ledger)
+        self._snapshots: list[_Snapshot] = []
+        self._overdue: Piece | None = None
+
+        num_segments = batch_size * num_kv_heads
+        capacity = num_segments * self.n_up
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        int32 = {"dtype": torch.int32, "device": device}
+        self.store = Store(
+            k=torch.empty(capacity, head_dim, dtype=dtype, device=device),
+            v=torch.empty(capacity, head_dim_v, dtype=dtype, device=device),
+            pos=torch.empty(capacity, **int32),
+            state=torch.empty(capacity, policy.num_state, dtype=real, device=device),
+            cu_seqlens_k=torch.arange(0, capacity + 1, self.n_up, **int32),
+            seqused_k=torch.zeros(num_segments, **int32),
+            slots=(self.n_up,) * num_segments,
+            kept=(0,) * num_segments,
+        )
+        rows = CARRY + self.n_up if getattr(policy, "needs_window", True) else 0
+        self.q_window = torch.zeros(
+            batch_size, num_heads, rows, head_dim, dtype=dtype, device=device
+        )
+        self.lse_window = torch.zeros(batch_size, num_heads, rows, dtype=real, device=device)
+        self.ledger.add(self.store.kv_bytes, self.store.memory_bytes + self._window_bytes)
+
+    # Sizes ---------------------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Live rows of every segment, from the host's own books."""
+        since = [self.n_up if self._is_overdue(b) else s % self.n_up for b, s in self._rows]
+        return tuple(n + since[s // self.num_kv_heads] for s, n in enumerate(self.store.kept))
+
+    @property
+    def _rows(self) -> Iterator[tuple[int, int]]:
+        return enumerate(self.seen)
+
+    def _is_overdue(self, b: int) -> bool:
+        return self._overdue is not None and self._overdue.due is not None and self._overdue.due[b]
+
+    @property
+    def _window_bytes(self) -> int:
+        return self.q_window.nbytes + self.lse_window.nbytes
+
+    # A call --------------------------------------------------------------------------------------
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> Tensor:
+        """Take in new tokens and attend to what the layer remembers.
+
+        Args:
+            q: ``[B, Hq, L, D]`` after RoPE. k: ``[B, H, L, D]``. v: ``[B, H, L, Dv]``.
+            pieces: of a ``Planner`` for ``seen`` and L.
+
+        Returns:
+            ``[B, L, Hq, Dv]``; zero in padding columns.
+        """
+        if self._overdue is not None:
+            self.update(self._overdue)
+        shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        dense = all(piece.columns is not None for piece in pieces)
+        dense = dense and sum(piece.width for piece in pieces) == q.shape[2]
+        out = q.new_empty(shape) if dense else q.new_zeros(shape)
+        for piece in pieces:
+            self.append(k, v, piece)
+            self.attend(q, out, piece)
+            if piece.due is not None:
+                self.update(piece)
+        return out
+
+    def append(self, k: Tensor, v: Tensor, piece: Piece) -> None:
+        """Put the piece's tokens behind the live rows of their segments."""
+        if piece.columns is not None and piece.width != k.shape[2]:
+            k, v = k[:, :, piece.columns], v[:, :, piece.columns]
+        s = self.store
+        ops.append_(
+            s.k, s.v, s.pos, s.state, s.seqused_k, s.cu_seqlens_k,
+            k, v, piece.first, piece.num_new, piece.pos_first,
+        )  # fmt: skip
+        self.seen = piece.seen
+        if piece.due is not None:
+            self._overdue = piece
+
+    def attend(self, q: Tensor, out: Tensor, piece: Piece) -> None:
+        """Attention of the piece's queries, into their columns of ``out``; fills the windows."""
+        if piece.columns is not None and piece.width != q.shape[2]:
+            q, out = q[:, :, piece.columns], out[:, piece.columns]
+        windowed = self.q_window.shape[2] > 0
+        if windowed and piece.slot is not None:
+            rows = slice(piece.slot, piece.slot + piece.width)
+            lse = self.lse_window[:, :, rows]
+            self.q_window[:, :, rows].copy_(q)
+        else:
+            lse = self.lse_window.new_empty(q.shape[:3])
+        s = self.store
+        ops.attend_(
+            out, lse, q, s.k, s.v, s.pos, s.cu_seqlens_k, s.seqused_k,
+            piece.first, piece.num_new, piece.pos_first, softmax_scale=self.softmax_scale,
+        )  # fmt: skip
+        if windowed and piece.scatter is not None:
+            rows, cols, slots = piece.scatter
+            if piece.columns is not None:
+                cols = cols - piece.columns.start
+            self.q_window[rows, :, slots] = q[rows, :, cols]
+            self.lse_window[rows, :, slots] = lse[rows, :, cols]
+
+    def update(self, piece: Piece) -> None:
+        """Let the policy decide for the rows that are due, and build the new store.
+
+        Raises:
+            ValueError: if the policy's scores are NaN, naming layer, row and head. The store is
+                then as it was before the call, as with any other failure.
+        """
+        assert piece.due is not None and piece.active is not None
+        assert piece.pos_q is not None and piece.seen_tensor is not None
+        old = self.store
+        context = UpdateContext(
+            q_window=self.q_window,
+            lse_window=self.lse_window,
+            k=old.k,
+            v=old.v,
+            pos=old.pos,
+            state=old.state,
+            cu_seqlens_k=old.cu_seqlens_k,
+            seqused_k=old.seqused_k,
+            pos_q=piece.pos_q,
+            active=piece.active,
+            softmax_scale=self.softmax_scale,
+            layer_idx=self.layer_idx,
+            num_kv_heads=self.num_kv_heads,
+            param_index=self.param_index,
+            seen=piece.seen_tensor,
+        )
+        scores, state = self.policy.update(context)
+        keep, num_kept = self.policy.select(scores, context)
+        counts = check_num_kept(num_kept, context)  # the one wait of an update
+        due = [piece.due[s // self.num_kv_heads] for s in range(len(counts))]
+        kept = tuple(n if d else o for n, d, o in zip(counts, due, old.kept, strict=True))
+        slots = tuple(n + self.n_up for n in kept)
+        ends = [0, *accumulate(slots)]
+        cu_seqlens_k = torch.tensor(ends, dtype=torch.int32, device=old.k.device)
+        k, v, pos, state_new = ops.compact(
+            old.k, old.v, old.pos, state, old.cu_seqlens_k, old.seqused_k,
+            keep, num_kept, cu_seqlens_k, capacity=ends[-1],
+        )  # fmt: skip
+        new = Store(k, v, pos, state_new, cu_seqlens_k, num_kept, slots, kept)
+        transient = scores.nbytes + keep.nbytes + (0 if state is old.state else state.nbytes)
+        self.ledger.add(new.kv_bytes, new.memory_bytes + transient)
+        self.ledger.add(0, -transient)
+        self._commit(new, piece)
+
+    def _commit(self, new: Store, piece: Piece) -> None:
+        due = piece.due
+        assert due is not None
+        q_window, lse_window = self.q_window, self.lse_window
+        if self.recording:
+            self._snapshots.append(
+                _Snapshot(self.store, q_window, lse_window, self.seen, due)
+            )  # its bytes stay on the ledger
+            q_window, lse_window = q_window.clone(), lse_window.clone()
+            self.ledger.add(0, q_window.nbytes + lse_window.nbytes)
+            if len(self._snapshots) > 1 + ROLLBACK_TOKENS // self.n_up:
+                self._forget(self._snapshots.pop(0))
+        else:
+            self.ledger.add(-self.store.kv_bytes, -self.store.memory_bytes)
+        if q_window.shape[2]:
+            rows = slice(None) if all(due) else piece.active
+            for window in (q_window, lse_window):
+                tail = window[rows, :, self.n_up :]
+                # Rows overlap if n_up < CARRY.
+                window[rows, :, :CARRY] = tail.clone() if self.n_up < CARRY else tail
+        self.store, self.q_window, self.lse_window = new, q_window, lse_window
+        self._overdue = None
+        self.num_updates += 1
+
+    # Undo ----------------------------------------------------------------------------------------
+
+    def _forget(self, snapshot: _Snapshot) -> None:
+        windows = snapshot.q_window.nbytes + snapshot.lse_window.nbytes
+        self.ledger.add(-snapshot.store.kv_bytes, -snapshot.store.memory_bytes - windows)
+
+    def forget_past(self) -> None:
+        """Drop what was recorded for undoing updates."""
+        while self._snapshots:
+            self._forget(self._snapshots.pop())
+
+    def crop(self, removed: Sequence[int]) -> None:
+        """Forget the last ``removed[b]`` real tokens of every row, exactly as if never seen.
+
+        Raises:
+            RuntimeError: if an update would have to be undone that was not recorded.
+        """
+        target = tuple(s - n for s, n in zip(self.seen, removed, strict=True))
+        depth = len(self._snapshots)
+        undone: _Snapshot | None = None
+        while depth and any(
+            due and t < s
+            for due, t, s in zip(
+                self._snapshots[depth - 1].due, target, self._snapshots[depth - 1].seen, strict=True
+            )
+        ):
+            depth -= 1
+            undone = self._snapshots[depth]
+
+        seen = self.seen if undone is None else undone.seen
+        due = (False,) * len(seen) if undone is None else undone.due
+        if undone is None and self._overdue is not None and self._overdue.due is not None:
+            due = self._overdue.due
+        excess = [s - t for s, t in zip(seen, target, strict=True)]
+        since = [self.n_up if d else s % self.n_up for s, d in zip(seen, due, strict=True)]
+        if any(not 0 <= e <= n for e, n in zip(excess, since, strict=True)):
+            raise RuntimeError(
+                f"crop: cannot undo the memory update of layer {self.layer_idx} that dropped "
+                f"tokens, asked to remove {max(removed)} tokens; call "
+                "cache.activate_past_recording() before the tokens come in"
+            )
+        if undone is not None:
+            for snapshot in self._snapshots[depth + 1 :]:
+                self._forget(snapshot)
+            self.ledger.add(-self.store.kv_bytes, -self.store.memory_bytes - self._window_bytes)
+            self.store = undone.store
+            self.q_window, self.lse_window = undone.q_window, undone.lse_window
+            self.num_updates -= len(self._snapshots) - depth
+            self._snapshots = self._snapshots[:depth]
+        if any(excess):
+            self._overdue = None
+            step = torch.tensor(excess, dtype=torch.int32, device=self.store.k.device)
+            self.store.seqused_k.sub_(step.repeat_interleave(self.num_kv_heads))
+        self.seen = target
+
+    # Rows of the batch ---------------------------------------------------------------------------
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Make batch row i a copy of the old row ``rows[i]``; drops the recorded past."""
+        self.forget_past()
+        old, h = self.store, self.num_kv_heads
+        ends = [0, *accumulate(old.slots)]
+        segments = [b * h + i for b in rows for i in range(h)]
+        slots = tuple(old.slots[s] for s in segments)
+
+        def gather(x: Tensor) -> Tensor:
+            return torch.cat([x[ends[b * h] : ends[(b + 1) * h]] for b in rows])
+
+        device = old.k.device
+        index = torch.tensor(segments, device=device)
+        row_index = torch.tensor(rows, device=device)
+        new = Store(
+            k=gather(old.k),
+            v=gather(old.v),
+            pos=gather(old.pos),
+            state=gather(old.state),
+            cu_seqlens_k=torch.tensor(
+                [0, *accumulate(slots)], dtype=torch.int32, device=device
+            ),
+            seqused_k=old.seqused_k[index],
+            slots=slots,
+            kept=tuple(old.kept[s] for s in segments),
+        )
+        window_bytes = self._window_bytes
+        q_window, lse_window = self.q_window[row_index], self.lse_window[row_index]
+        self.ledger.add(new.kv_bytes, new.memory_bytes + q_window.nbytes + lse_window.nbytes)
+        self.ledger.add(-old.kv_bytes, -old.memory_bytes - window_bytes)
+        self.store, self.q_window, self.lse_window = new, q_window, lse_window
+        self.param_index = self.param_index[row_index]
+        self.seen = tuple(self.seen[b] for b in rows)
+        self.batch_size = len(rows)
+        if self._overdue is not None:
+            piece = self._overdue
+            assert piece.due is not None and piece.active is not None
+            assert piece.pos_q is not None and piece.seen_tensor is not None
+            self._overdue = replace(
+                piece,
+                seen=self.seen,
+                due=tuple(piece.due[b] for b in rows),
+                active=piece.active[row_index],
+                pos_q=piece.pos_q[row_index],
+                seen_tensor=piece.seen_tensor[row_index],
+            )
+
+    def release(self) -> None:
+        """Take this layer's bytes off the books; the store must not be used afterwards."""
+        self.forget_past()
+        self.ledger.add(-self.ledger.kv, -self.ledger.memory)
