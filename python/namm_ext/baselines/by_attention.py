@@ -1,0 +1,171 @@
+"""Rules that look at the attention tokens received, recomputed from the window's queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..policy import UpdateContext
+from ..ragged import CARRY
+from ._base import Baseline, live_rows, newest_position
+
+
+def received(ctx: UpdateContext, num_queries: int) -> Tensor:
+    """``[C]`` attention received from the newest ``num_queries`` queries, mean over a group."""
+    return ops.attention_received(
+        ctx.q_window,
+        ctx.lse_window,
+        ctx.k,
+        ctx.pos,
+        ctx.cu_seqlens_k,
+        ctx.seqused_k,
+        ctx.pos_q,
+        ctx.active,
+        softmax_scale=ctx.softmax_scale,
+        first_row=ctx.q_window.shape[2] - num_queries,
+    )
+
+
+class H2O(Baseline):
+    """Heavy hitters: the tokens with the largest attention accumulated over the sequence.
+
+    Zhang et al. 2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
+    Language Models" (arXiv:2306.14048): half of the budget goes to heavy hitters, half to the
+    newest tokens. Deviations: query heads that share a KV head are averaged (the paper has no
+    groups); under ``"per_layer"`` the heads share the heavy-hitter half.
+
+    Args:
+        cache_size, n_up, budget: as in ``Baseline``.
+        sink_tokens: as in ``Baseline``.
+        recent_tokens: default ``cache_size // 2``, as published.
+    """
+
+    num_state = 1
+
+    def __init__(
+        self,
+        cache_size: int,
+        n_up: int = 64,
+        budget: str = "per_head",
+        *,
+        sink_tokens: int = 0,
+        recent_tokens: int | None = None,
+    ) -> None:
+        if recent_tokens is None:
+            recent_tokens = cache_size // 2
+        super().__init__(
+            cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=recent_tokens
+        )
+
+    def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
+        """The accumulated attention, which is also the state."""
+        new = received(ctx, self.n_up).to(ctx.state.dtype)
+        state = ctx.state + new[:, None]
+        return state[:, 0].contiguous(), state
+
+
+class SnapKV(Baseline):
+    """Attention from the newest queries, smoothed over neighbouring tokens.
+
+    Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation"
+    (arXiv:2404.14469): attention of an observation window to the tokens before it, average-pooled
+    along the sequence; the window itself stays. Deviations: applied at every update instead of
+    once after the prompt; neighbours are neighbours in the cache; query heads of a group are
+    averaged.
+
+    Args:
+        cache_size, n_up, budget: as in ``Baseline``.
+        window: queries of the observation window, at most ``16 + n_up``; 0 tokens of it are
+            dropped, so at most ``cache_size``. Default 32, or less if those ask for it.
+        kernel_size: odd width of the pooling; 1 for none.
+        sink_tokens: as in ``Baseline``.
+    """
+
+    def __init__(
+        self,
+        cache_size: int,
+        n_up: int = 64,
+        budget: str = "per_head",
+        *,
+        window: int | None = None,
+        kernel_size: int = 5,
+        sink_tokens: int = 0,
+    ) -> None:
+        if window is None:
+            window = max(1, min(32, CARRY + n_up, cache_size // 2))
+        if not 1 <= window <= CARRY + n_up:
+            raise ValueError(f"SnapKV: window must be in [1, 16 + n_up], got {window}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"SnapKV: kernel_size must be odd and positive, got {kernel_size}")
+        super().__init__(cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=window)
+        self.window = window
+        self.kernel_size = kernel_size
+
+    def score(self, ctx: UpdateContext) -> Tensor:
+        """Pooled attention; the window's own tokens count neither as received nor as neighbours."""
+        attention = received(ctx, self.window).to(ctx.state.dtype)
+        rows, segment = live_rows(ctx)
+        observed = ctx.pos[rows] <= newest_position(ctx)[segment] - self.window
+        rows, segment = rows[observed], segment[observed]
+        scores = torch.zeros_like(attention)
+        for shift in range(-(self.kernel_size // 2), self.kernel_size // 2 + 1):
+            index = torch.arange(rows.numel(), device=rows.device) + shift
+            inside = (index >= 0) & (index < rows.numel())
+            index = index.clamp(0, max(rows.numel() - 1, 0))
+            inside &= segment[index] == segment
+            scores[rows] += torch.where(inside, attention[rows[index]], 0.0)
+        return scores / self.kernel_size
+
+
+class TOVA(Baseline):
+    """Attention of the newest query alone: the token it looks at least goes first.
+
+    Oren et al. 2024, "Transformers are Multi-State RNNs" (arXiv:2401.06104), where the scores are
+    averaged over the heads of a layer, so that all heads keep the same tokens. Deviation: with
+    ``n_up > 1`` several tokens go at once, by the last query's attention.
+
+    Args:
+        cache_size, n_up, budget, sink_tokens, recent_tokens: as in ``Baseline``.
+        heads: ``"layer"`` as published (only with ``"per_head"``), ``"head"`` for every KV head by
+            itself; None takes the published rule where the budget allows it.
+    """
+
+    def __init__(
+        self,
+        cache_size: int,
+        n_up: int = 64,
+        budget: str = "per_head",
+        *,
+        heads: str | None = None,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+    ) -> None:
+        super().__init__(
+            cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=recent_tokens
+        )
+        if heads is None:
+            heads = "layer" if budget == "per_head" else "head"
+        if heads not in ("layer", "head") or (heads == "layer" and budget != "per_head"):
+            raise ValueError(
+                "TOVA: heads must be 'head', or 'layer' with budget 'per_head', got "
+                f"{heads!r} with {budget!r}"
+            )
+        self.heads = heads
+
+    def score(self, ctx: UpdateContext) -> Tensor:
+        """Attention of the last query."""
+        attention = received(ctx, 1).to(ctx.state.dtype)
+        if self.heads == "head":
+            return attention
+        # The heads of a row keep the same positions, so their rows match one to one.
+        rows, segment = live_rows(ctx)
+        used = ctx.seqused_k.long()
+        start = (used.cumsum(0) - used)[segment]
+        rank = torch.arange(rows.numel(), device=rows.device) - start
+        first_head = segment - segment % ctx.num_kv_heads
+        slot = (used.cumsum(0) - used)[first_head] + rank
+        total = attention.new_zeros(rows.numel()).index_add_(0, slot, attention[rows])
+        scores = torch.zeros_like(attention)
+        scores[rows] = total[slot] / ctx.num_kv_heads
+        return scores

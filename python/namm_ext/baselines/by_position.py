@@ -1,0 +1,104 @@
+"""Rules that look at positions only, and the rule that drops nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..policy import UpdateContext, select_rows
+from ._base import Baseline, live_rows
+
+
+class StreamingLLM(Baseline):
+    """Attention sinks and a sliding window: the first ``sink_tokens`` and the newest rest.
+
+    Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"
+    (arXiv:2309.17453). Deviation: the paper re-rotates keys to their rank in the cache; here they
+    keep their original positions, as in a full cache. Both budgets are the same rule.
+
+    Example:
+        >>> StreamingLLM(cache_size=256).sink_tokens
+        4
+    """
+
+    needs_window = False
+
+    def __init__(
+        self, cache_size: int, n_up: int = 64, budget: str = "per_head", *, sink_tokens: int = 4
+    ) -> None:
+        super().__init__(cache_size, n_up, budget, sink_tokens=sink_tokens)
+
+    def score(self, ctx: UpdateContext) -> Tensor:
+        """The position: newer is better. Exact in float32 up to 2^24 tokens."""
+        return ctx.pos.to(ctx.state.dtype)
+
+
+class Random(Baseline):
+    """A uniform random sample of the sequence, the control experiment of every comparison.
+
+    Each (seed, layer, head, position) has a fixed random priority, so the sample depends neither
+    on how the sequence was fed nor on the other rows of a batch.
+    """
+
+    needs_window = False
+
+    def __init__(
+        self,
+        cache_size: int,
+        n_up: int = 64,
+        budget: str = "per_head",
+        *,
+        seed: int = 0,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
+    ) -> None:
+        super().__init__(
+            cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=recent_tokens
+        )
+        self.seed = seed
+
+    def score(self, ctx: UpdateContext) -> Tensor:
+        """A hash of seed, layer, head and position, uniform in [0, 1)."""
+        rows, segment = live_rows(ctx)
+        head = segment % ctx.num_kv_heads
+        x = torch.full_like(head, self.seed)
+        for part in (ctx.layer_idx, head, ctx.pos[rows].long()):
+            x = _mix(x + part)
+        scores = ctx.state.new_zeros(ctx.pos.shape)
+        scores[rows] = ((x >> 8) & 0xFFFFFF).to(scores.dtype) / 2**24
+        return scores
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Finaliser of splitmix32 in the low 32 bits of an int64; + golden ratio, so 0 moves too."""
+    x = (x + 0x9E3779B9) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+class NeverEvict(Baseline):
+    """Keeps everything: the full cache on the ragged store, for tests and as a yardstick.
+
+    Takes the arguments of the other baselines so that it can stand in for them; ``cache_size``
+    and ``budget`` mean nothing.
+    """
+
+    needs_window = False
+
+    def __init__(
+        self, cache_size: int | None = None, n_up: int = 64, budget: str = "per_head"
+    ) -> None:
+        super().__init__(1 if cache_size is None else cache_size, n_up, budget)
+
+    def score(self, ctx: UpdateContext) -> Tensor:
+        """Zero for all."""
+        return ctx.state.new_zeros(ctx.pos.shape)
+
+    def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
+        """Everything stays."""
+        return select_rows(scores, ctx)
+
+
+#: The name under which tables show it.
+Full = NeverEvict
