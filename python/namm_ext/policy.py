@@ -73,10 +73,13 @@ class Policy:
     Attributes:
         n_up: real tokens between two updates.
         num_state: float32 numbers a token carries (F); 0 for none.
+        needs_window: whether :meth:`update` reads ``q_window`` and ``lse_window``; without it the
+            store keeps no queries and both have no rows.
     """
 
     n_up: int
     num_state: int = 0
+    needs_window: bool = True
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """Score every live token: ``scores [C]`` and the new ``state [C, F]``, out of place."""
