@@ -205,7 +205,15 @@ def test_fingerprint_sees_every_part():
     ]
     assert len({namm.fingerprint(), *(o.fingerprint() for o in others)}) == 6
     assert NAMM(namm.config, namm.params, namm.mean, namm.var).fingerprint() == namm.fingerprint()
+
+
+def test_to_moves_all_tensors():
+    namm = random_namm()
     assert namm.to("cpu") is namm
+    moved = namm.to("meta")
+    assert {t.device.type for t in (moved.params, moved.mean, moved.var)} == {"meta"}
+    assert moved.config == namm.config and moved.count == 12
+    assert namm.params.device.type == "cpu"
 
 
 # Deciding: the policy calls the ops with what the layer shows it ---------------------------------

@@ -7,6 +7,7 @@ the store's ``state``, so one policy serves any number of caches.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -486,8 +487,11 @@ class NAMM(Policy):
         """This NAMM with its tensors on ``device``; itself if they are there already."""
         if self.params.device == torch.empty(0, device=device).device:
             return self
-        moved = (t.to(device) for t in (self.params, self.mean, self.var))
-        return NAMM(self.config, *moved, self.count)
+        moved = copy.copy(self)  # not __init__: its checks would wait for the device
+        moved.params, moved.mean, moved.var = (
+            t.to(device) for t in (self.params, self.mean, self.var)
+        )
+        return moved
 
     def with_params(self, params: Tensor) -> NAMM:
         """Same config and statistics with other parameters, e.g. a bank ``[P, n]``.
