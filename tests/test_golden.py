@@ -26,8 +26,12 @@ IMPLEMENTATIONS = [pytest.param(m, id=m.__name__.split(".")[-1]) for m in (refer
 EMA_COEFF = 0.99
 
 
-def golden_files(pattern: str) -> list:
-    return [pytest.param(path, id=path.stem) for path in sorted(GOLDEN.glob(pattern))]
+def golden_files(pattern: str, without: str | None = None) -> list:
+    """Files of the folder as parameters; ``without`` leaves out npz files with such a key."""
+    paths = sorted(GOLDEN.glob(pattern))
+    if without is not None:
+        paths = [path for path in paths if not any(without in key for key in np.load(path).files)]
+    return [pytest.param(path, id=path.stem) for path in paths]
 
 
 def load(path: Path) -> dict[str, Tensor | str]:
@@ -359,11 +363,11 @@ def test_chain(path, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("path", golden_files("chain_*fp32.npz"))
+@pytest.mark.parametrize("path", golden_files("chain_*.npz", without="__bf16bits"))
 def test_chain_from_queries(path, impl):
-    """The same chains with queries and keys that produce exactly the given attention.
+    """The float32 chains with queries and keys that produce exactly the given attention.
 
-    Keys are one-hot by row and queries are log-probabilities, so ``exp(q k - 0)`` is the golden
+    (The bfloat16 ones were rounded after the softmax, which no queries reproduce.) Keys are one-hot by row and queries are log-probabilities, so ``exp(q k - 0)`` is the golden
     attention: this drives ``spectrogram`` with its recomputed left context and visibility rule.
     """
     chain = Chain(path, impl)

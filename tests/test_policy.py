@@ -212,7 +212,8 @@ def test_to_moves_all_tensors():
     assert namm.to("cpu") is namm
     moved = namm.to("meta")
     assert {t.device.type for t in (moved.params, moved.mean, moved.var)} == {"meta"}
-    assert moved.config == namm.config and moved.count == 12
+    assert moved.config == namm.config
+    assert moved.count == 12
     assert namm.params.device.type == "cpu"
 
 
