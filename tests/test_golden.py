@@ -367,8 +367,9 @@ def test_chain(path, impl):
 def test_chain_from_queries(path, impl):
     """The float32 chains with queries and keys that produce exactly the given attention.
 
-    (The bfloat16 ones were rounded after the softmax, which no queries reproduce.) Keys are one-hot by row and queries are log-probabilities, so ``exp(q k - 0)`` is the golden
+    Keys are one-hot by row and queries are log-probabilities, so ``exp(q k - 0)`` is the golden
     attention: this drives ``spectrogram`` with its recomputed left context and visibility rule.
+    The bfloat16 chains were rounded after the softmax, which no queries reproduce.
     """
     chain = Chain(path, impl)
     previous = [None] * chain.num_layers

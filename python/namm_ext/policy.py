@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -710,7 +710,8 @@ def _read_config(path: Path) -> NAMMConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-class ReferenceCheckpoint(NamedTuple):
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
     """What a NAMM needs from a checkpoint of the original."""
 
     params: Tensor
