@@ -296,7 +296,7 @@ class NAMMCache(Cache):
         if not isinstance(policy, Policy):
             raise TypeError(f"NAMMCache: policy must be a Policy, got {type(policy).__name__}")
         if isinstance(model_or_config, nn.Module):
-            from .patch import use_namm_attention
+            from .patching import use_namm_attention
 
             use_namm_attention(model_or_config)
             config = decoder_config(model_or_config.config)

@@ -172,9 +172,9 @@ def _check_model(model: PreTrainedModel) -> None:
             f"apply: {name} does not use transformers' attention interface, so its attention "
             "cannot be reached"
         )
+    layer_types(config)
     if any(getattr(module, "_is_stateful", False) for module in decoders):
         raise ValueError(f"apply: {name} keeps a recurrent state, not only keys and values")
-    layer_types(config)
     if any(getattr(module, "sinks", None) is not None for module in model.modules()):
         raise ValueError(f"apply: {name} has attention sinks (learned), which are not supported")
 

@@ -1,0 +1,268 @@
+"""Tiny random models and the dense oracle for the tests of the transformers drop-in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from namm_ext import NAMM, NAMMConfig, reference
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+VOCAB = 97
+COMMON: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    bos_token_id=1,
+    eos_token_id=None,
+    pad_token_id=0,
+    initializer_range=0.3,
+)
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "llama_mha": lambda: transformers.LlamaConfig(**{**COMMON, "num_key_value_heads": 4}),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON, use_sliding_window=False),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=8),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=None),
+    "phi3": lambda: transformers.Phi3Config(**COMMON, sliding_window=None),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=1024, bos_token_id=1,
+        eos_token_id=None, pad_token_id=0, initializer_range=0.3,
+    ),
+}  # fmt: skip
+
+
+def gemma3_config(**changes: Any) -> Any:
+    """A hybrid: sliding layers 0 and 1, full layer 2."""
+    return transformers.Gemma3TextConfig(
+        **{**COMMON, "num_hidden_layers": 3, "head_dim": 8, "sliding_window": 24,
+           "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], **changes}
+    )  # fmt: skip
+
+
+def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """The causal language model of a config with random weights, ready for inference."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # from_pretrained would set these; without them generate warns about nothing in particular.
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def tokens(batch_size: int, length: int, seed: int = 0) -> Tensor:
+    """Random token ids without padding tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (batch_size, length), generator=generator)
+
+
+def evicting_policy(n_up: int = 16, seed: int = 1, **config: Any) -> NAMM:
+    """A random NAMM that keeps roughly half of what it sees in these models."""
+    generator = torch.Generator().manual_seed(seed)
+    settings: dict[str, Any] = {"n_up": n_up, **config}
+    policy = NAMM(
+        NAMMConfig(**settings),
+        0.2 * torch.randn(NAMMConfig(**settings).num_params, generator=generator),
+        mean=torch.full((17,), 0.3),
+        var=torch.full((17,), 0.2),
+    )
+    return policy
+
+
+# The oracle --------------------------------------------------------------------------------------
+
+
+@dataclass
+class OracleLayer:
+    """What the oracle knows about one layer; nothing is ever removed from it."""
+
+    alive: Tensor  # [H, T] bool
+    probs: Tensor  # [H, T, T] group mean of the attention of every query so far
+    ema: Tensor  # [H, T, 17]
+    keys: Tensor  # [H, T, D]
+    updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # scores, alive after
+
+
+Score = Callable[["DenseOracle", OracleLayer, int, int], Tensor]
+"""(oracle, layer, layer index, tokens so far) -> [H, T] scores, higher stays."""
+
+
+class DenseOracle:
+    """Eviction as a -inf mask on a stock cache that keeps everything, one query at a time.
+
+    Independent of the ragged store, of its windows and of its recomputed attention: it keeps
+    the probabilities of the forward pass itself. One row, no padding.
+
+    Args:
+        n_up: tokens between updates.
+        score: what to rank tokens by.
+        select: scores ``[H, T]``, alive ``[H, T]`` and tokens so far -> alive.
+    """
+
+    def __init__(
+        self, n_up: int, score: Score, select: Callable[[Tensor, Tensor, int], Tensor]
+    ) -> None:
+        self.n_up, self.score, self.select = n_up, score, select
+        self.layers: dict[int, OracleLayer] = {}
+
+    def attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        _, num_heads, new, dim = query.shape
+        _, h, total, _ = key.shape
+        scale = dim**-0.5 if scaling is None else scaling
+        layer = self._grow(module.layer_idx, h, total, query.dtype)
+        layer.keys = key[0]
+        out = torch.zeros(1, new, num_heads, value.shape[-1], dtype=query.dtype)
+        for i in range(new):
+            t = total - new + i
+            q = query[0, :, i].view(h, num_heads // h, dim)
+            logits = torch.einsum("hgd,htd->hgt", q, key[0, :, : t + 1]) * scale
+            layer.alive[:, t] = True
+            logits = logits.masked_fill(~layer.alive[:, None, : t + 1], -torch.inf)
+            p = logits.softmax(-1)
+            out[0, i] = torch.einsum("hgt,htd->hgd", p, value[0, :, : t + 1]).reshape(num_heads, -1)
+            layer.probs[:, t, : t + 1] = p.mean(1)
+            if (t + 1) % self.n_up == 0:
+                scores = self.score(self, layer, module.layer_idx, t + 1)
+                layer.alive[:, : t + 1] = self.select(
+                    scores[:, : t + 1], layer.alive[:, : t + 1], t + 1
+                )
+                layer.updates.append((scores, layer.alive.clone()))
+        return out, None
+
+    def _grow(self, index: int, h: int, total: int, dtype: torch.dtype) -> OracleLayer:
+        old = self.layers.get(index)
+        layer = OracleLayer(
+            torch.zeros(h, total, dtype=torch.bool),
+            torch.zeros(h, total, total, dtype=dtype),
+            torch.zeros(h, total, 17, dtype=dtype),
+            torch.zeros(0),
+        )
+        if old is not None:
+            n = old.alive.shape[1]
+            layer.alive[:, :n], layer.ema[:, :n] = old.alive, old.ema
+            layer.probs[:, :n, :n], layer.updates = old.probs, old.updates
+        self.layers[index] = layer
+        return layer
+
+    def kept_positions(self, layer: int) -> list[list[int]]:
+        """Positions alive in each head."""
+        return [row.nonzero().flatten().tolist() for row in self.layers[layer].alive]
+
+
+def namm_score(policy: NAMM) -> Score:
+    """Scores of a NAMM from saved probabilities, by the law's dense functions."""
+    c = policy.config
+
+    def score(oracle: DenseOracle, layer: OracleLayer, index: int, t: int) -> Tensor:
+        scores = torch.full(layer.alive.shape, -torch.inf, dtype=layer.ema.dtype)
+        for h, alive in enumerate(layer.alive):
+            rows = alive.nonzero().flatten()
+            attn = layer.probs[h, :t, rows]
+            tail = attn.new_zeros(rows.numel(), 16)
+            before = min(16, t - c.n_up)
+            if before:
+                tail[:, 16 - before :] = attn[t - c.n_up - before : t - c.n_up].T
+            mags = reference.spectrogram_from_attention(attn[t - c.n_up :], tail)
+            layer.ema[h, rows] = reference.fold_ema(mags, layer.ema[h, rows], c.ema_coeff)
+            features = reference.token_features(
+                layer.ema[h, rows], rows, policy.mean, policy.var,
+                c.feature_transform == "log", c.log_eps,
+            )  # fmt: skip
+            scores[h, rows] = reference.bam(features, policy.params)
+        return scores
+
+    return score
+
+
+def select_by(
+    threshold: float | None = None,
+    cache_size: int | None = None,
+    budget: str = "per_head",
+    fill: bool = False,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The selection rules by sorting Python tuples."""
+
+    def select(scores: Tensor, alive: Tensor, t: int) -> Tensor:
+        num_heads = alive.shape[0]
+        ranked: list[list[tuple[Any, ...]]] = []
+        for h in range(num_heads):
+            entries = []
+            for p in alive[h].nonzero().flatten().tolist():
+                newest = p == t - 1
+                forced = newest or p < sink_tokens or t - 1 - p < recent_tokens
+                s = float(scores[h, p])
+                if forced or threshold is None or s >= threshold or fill:
+                    entries.append((-newest, -forced, -s, -p, h, forced or threshold is None
+                                    or s >= threshold))  # fmt: skip
+            ranked.append(sorted(entries))
+        if fill:
+            size = max(sum(e[-1] for e in entries) for entries in ranked)
+            if cache_size is not None:
+                size = min(size, cache_size)
+            chosen = [e for entries in ranked for e in entries[:size]]
+        elif cache_size is None:
+            chosen = [e for entries in ranked for e in entries]
+        elif budget == "per_head":
+            chosen = [e for entries in ranked for e in entries[:cache_size]]
+        else:
+            chosen = sorted(e for entries in ranked for e in entries)[: cache_size * num_heads]
+        result = torch.zeros_like(alive)
+        for *_, minus_p, h, _ in chosen:
+            result[h, -minus_p] = True
+        return result
+
+    return select
+
+
+def namm_oracle(policy: NAMM) -> DenseOracle:
+    """The oracle of a NAMM, whatever its selection."""
+    c = policy.config
+    return DenseOracle(
+        c.n_up,
+        namm_score(policy),
+        select_by(
+            c.threshold, c.cache_size, c.budget, c.selection == "reference",
+            c.sink_tokens, c.recent_tokens,
+        ),
+    )  # fmt: skip
+
+
+_current: list[DenseOracle] = []
+AttentionInterface.register("dense_oracle", lambda *a, **kw: _current[-1].attention(*a, **kw))
+AttentionMaskInterface.register("dense_oracle", lambda *a, **kw: None)
+
+
+def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
+    """Logits of every position of one row under the oracle's evictions."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("dense_oracle")
+    _current.append(oracle)
+    try:
+        with torch.no_grad():
+            return model(ids, use_cache=True).logits
+    finally:
+        _current.pop()
+        model.set_attn_implementation(before)
+
+
+def positions(layer: Any, row: int = 0) -> list[list[int]]:
+    """Positions that a NAMMLayer holds for each head of a batch row, in order."""
+    kv = layer.kv
+    h = kv.num_kv_heads
+    starts = kv.store.cu_seqlens_k.tolist()
+    return [
+        kv.store.pos[starts[s] : starts[s] + kv.lengths[s]].tolist()
+        for s in range(row * h, (row + 1) * h)
+    ]

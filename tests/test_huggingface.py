@@ -1,0 +1,241 @@
+"""The drop-in computes what it promises: stock without eviction, the dense oracle with it.
+
+Keep decisions are sign tests, so whatever is compared after evictions runs in float64.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hf_models import (
+    FAMILIES,
+    build,
+    evicting_policy,
+    gemma3_config,
+    namm_oracle,
+    oracle_logits,
+    positions,
+    tokens,
+)
+from namm_ext import NAMM, NAMMCache, NAMMConfig, remove
+from namm_ext.baselines import NeverEvict
+
+LENGTH = 75  # not a multiple of anything
+
+
+def feed(model, cache, ids, cuts=(), mask=None):
+    """Logits of all tokens, fed in pieces that end at the given columns."""
+    logits = []
+    with torch.no_grad():
+        for a, b in pairwise((0, *cuts, ids.shape[1])):
+            part = None if mask is None else mask[:, :b]
+            position_ids = None
+            if mask is not None:
+                position_ids = (part.cumsum(1) - 1).clamp(min=0)[:, a:b]
+            logits.append(
+                model(
+                    ids[:, a:b], attention_mask=part, past_key_values=cache,
+                    position_ids=position_ids,
+                ).logits
+            )  # fmt: skip
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_never_evict_equals_stock(family):
+    model = build(FAMILIES[family]())
+    ids = tokens(2, LENGTH)
+    want = model(ids).logits
+    policy = NAMM(NAMMConfig(n_up=16))  # zero parameters: every score is 0, and 0 stays
+    got = feed(model, NAMMCache(model, policy), ids, cuts=(40, 41, 60))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+    remove(model)
+    stock = model.generate(ids, max_new_tokens=20, do_sample=False)
+    ours = model.generate(
+        ids, max_new_tokens=20, do_sample=False, past_key_values=NAMMCache(model, policy)
+    )
+    assert torch.equal(ours, stock)
+
+
+def test_never_evict_equals_stock_in_bfloat16():
+    model = build(FAMILIES["llama"](), torch.bfloat16)
+    exact = build(FAMILIES["llama"](), torch.float64)
+    exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    ids = tokens(2, LENGTH)
+    want, stock = exact(ids).logits, model(ids).logits
+    got = feed(model, NAMMCache(model, NeverEvict(n_up=16)), ids, cuts=(40,))
+    assert got.dtype == torch.bfloat16
+    ours, theirs = (got.double() - want).norm(), (stock.double() - want).norm()
+    assert ours <= 1.5 * theirs
+
+
+def test_hybrid_keeps_stock_sliding_layers():
+    model = build(gemma3_config())
+    ids = tokens(2, LENGTH)
+    want = model(ids).logits
+    cache = NAMMCache(model, NAMM(NAMMConfig(n_up=16)))
+    got = feed(model, cache, ids, cuts=(30, 70, 71))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert [type(layer).__name__ for layer in cache.layers] == [
+        "DynamicSlidingWindowLayer", "DynamicSlidingWindowLayer", "NAMMLayer",
+    ]  # fmt: skip
+    report = cache.report()
+    assert report.sliding_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers[:2])
+
+
+SELECTIONS = {
+    "threshold": {},
+    "reference": {"selection": "reference"},
+    "per_head": {"threshold": None, "cache_size": 12},
+    "per_layer": {"threshold": None, "cache_size": 12, "budget": "per_layer"},
+    "both": {"cache_size": 20, "sink_tokens": 2, "recent_tokens": 4},
+    "evict_all": {"threshold": 1e9},
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_evicting_equals_dense_oracle(selection):
+    model = build(FAMILIES["llama"](), torch.float64)
+    ids = tokens(1, LENGTH)
+    policy = evicting_policy(**SELECTIONS[selection])
+    oracle = namm_oracle(policy)
+    want = oracle_logits(model, oracle, ids)
+    cache = NAMMCache(model, policy)
+    got = feed(model, cache, ids, cuts=(50, 51))
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    for layer in cache.layers:
+        kept = oracle.kept_positions(layer.layer_idx)
+        assert positions(layer) == kept
+        assert sum(map(len, kept)) < 0.8 * 2 * LENGTH  # the test evicts
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_families_equal_dense_oracle(family):
+    model = build(FAMILIES[family](), torch.float64)
+    ids = tokens(1, 52)
+    policy = evicting_policy(threshold=None, cache_size=9)
+    oracle = namm_oracle(policy)
+    want = oracle_logits(model, oracle, ids)
+    cache = NAMMCache(model, policy)
+    torch.testing.assert_close(feed(model, cache, ids, cuts=(20,)), want, atol=1e-9, rtol=1e-9)
+    assert positions(cache.layers[1]) == oracle.kept_positions(1)
+
+
+@pytest.mark.parametrize("n_up", [16, 32, 48])
+def test_generated_tokens_equal_dense_oracle(n_up):
+    model = build(FAMILIES["llama"](), torch.float64)
+    ids = tokens(1, 60)
+    policy = evicting_policy(n_up, threshold=None, cache_size=10)
+    cache = NAMMCache(model, policy)
+    out = model.generate(ids, max_new_tokens=50, do_sample=False, past_key_values=cache)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    oracle = namm_oracle(policy)
+    logits = oracle_logits(model, oracle, out[:, :-1])
+    assert torch.equal(logits[:, 59:].argmax(-1), out[:, 60:])
+    assert positions(cache.layers[0]) == oracle.kept_positions(0)
+
+
+CUTS = {
+    "aligned": range(16, LENGTH, 16),
+    "one_by_one": range(1, LENGTH),
+    "ragged": (1, 4, 33, 34, 35, 64, 70),
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_any_chunking_gives_the_same_result(cuts):
+    model = build(FAMILIES["llama"](), torch.float64)
+    ids = tokens(2, LENGTH)
+    policy = evicting_policy(threshold=None, cache_size=11, budget="per_layer")
+    whole, parts = NAMMCache(model, policy), NAMMCache(model, policy)
+    want = feed(model, whole, ids)
+    got = feed(model, parts, ids, cuts=tuple(CUTS[cuts]))
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    for a, b in zip(whole.layers, parts.layers, strict=True):
+        assert [positions(a, r) for r in (0, 1)] == [positions(b, r) for r in (0, 1)]
+        live = [torch.arange(n) + s for n, s in zip(
+            a.kv.lengths, a.kv.store.cu_seqlens_k.tolist(), strict=False)]  # fmt: skip
+        rows = torch.cat(live)
+        torch.testing.assert_close(a.kv.store.state[rows], b.kv.store.state[rows])
+
+
+@pytest.mark.parametrize("cuts", [(), (10, 17, 40, 41), (64,)], ids=str)
+@pytest.mark.parametrize("pads", [(0, 9, 23), (1, 16, 17)], ids=str)
+def test_left_padded_rows_equal_rows_alone(pads, cuts):
+    model = build(FAMILIES["llama"](), torch.float64)
+    ids = tokens(3, LENGTH)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate(pads):
+        mask[row, :n], ids[row, :n] = 0, 0
+    policy = evicting_policy(threshold=None, cache_size=9)
+    cache = NAMMCache(model, policy)
+    got = feed(model, cache, ids, cuts, mask)
+    for row, n in enumerate(pads):
+        alone = NAMMCache(model, policy)
+        want = feed(model, alone, ids[row : row + 1, n:])
+        torch.testing.assert_close(got[row : row + 1, n:], want, atol=1e-9, rtol=1e-9)
+        for layer, single in zip(cache.layers, alone.layers, strict=True):
+            assert positions(layer, row) == positions(single)
+    assert cache.layers[0].kv.seen == tuple(LENGTH - n for n in pads)
+
+
+def test_left_padding_equals_stock_without_eviction():
+    model = build(FAMILIES["llama"]())
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13], ids[0, :13] = 0, 0
+    stock = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    cache = NAMMCache(model, NeverEvict(n_up=16))
+    ours = model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, do_sample=False, past_key_values=cache
+    )
+    assert torch.equal(ours, stock)
+
+
+def test_population_rows_use_their_own_parameters():
+    model = build(FAMILIES["llama"](), torch.float64)
+    ids = tokens(1, LENGTH).expand(4, -1)
+    one, two = (evicting_policy(threshold=None, cache_size=10, seed=s) for s in (1, 2))
+    bank = one.with_params(torch.stack([one.params, two.params]))
+    index = [1, 0, 1, 0]
+    cache = NAMMCache(model, bank, param_index=torch.tensor(index))
+    got = feed(model, cache, ids)
+    differ = False
+    for row, i in enumerate(index):
+        alone = NAMMCache(model, (one, two)[i])
+        want = feed(model, alone, ids[:1])
+        torch.testing.assert_close(got[row : row + 1], want, atol=1e-9, rtol=1e-9)
+        assert positions(cache.layers[1], row) == positions(alone.layers[1])
+        differ |= positions(cache.layers[1], row) != positions(cache.layers[1], 0)
+    assert differ
+
+
+def test_without_a_memory_namm_attention_is_stock():
+    config = FAMILIES["llama"]()
+    stock = build(config)
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    want = [stock(ids).logits, stock(ids, attention_mask=mask).logits[:, 13:]]
+    want_tokens = stock.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    stock.set_attn_implementation("namm")
+    got = [stock(ids).logits, stock(ids, attention_mask=mask).logits[:, 13:]]
+    torch.testing.assert_close(got, want)
+    assert torch.equal(
+        stock.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), want_tokens
+    )
+
+
+def test_autocast_and_inference_mode():
+    model = build(FAMILIES["llama"]())
+    ids = tokens(1, 40)
+    exact = model(ids).logits
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        stock = model(ids).logits
+        cache = NAMMCache(model, NeverEvict(n_up=16))
+        got = model(ids, past_key_values=cache).logits
+    assert cache.layers[0].kv.store.k.dtype == torch.bfloat16
+    assert (got - exact).norm() <= 1.5 * (stock - exact).norm()

@@ -1,0 +1,257 @@
+"""Whatever would be silently wrong is a clear error."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers
+from hf_models import COMMON, FAMILIES, build, evicting_policy, gemma3_config, tokens
+from namm_ext import NAMMCache, apply, patch, remove
+from namm_ext.attention import namm_attention_forward
+from namm_ext.baselines import NeverEvict
+
+POLICY = NeverEvict(n_up=16)
+
+
+@pytest.fixture
+def model():
+    return build(FAMILIES["llama"]())
+
+
+def error(text):
+    return pytest.raises(ValueError, match=re.escape(text))
+
+
+# Models -------------------------------------------------------------------------------------------
+
+MODELS = {
+    "bloom": (
+        lambda: transformers.BloomConfig(
+            vocab_size=97, hidden_size=32, n_layer=2, n_head=4
+        ),
+        "apply: BloomForCausalLM does not use transformers' attention interface, so its attention "
+        "cannot be reached",
+    ),
+    "mamba": (
+        lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
+        "apply: MambaForCausalLM keeps a recurrent state, not only keys and values",
+    ),
+    "all_sliding": (
+        lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
+        "NAMMCache: at least one layer must have full attention, in 'mistral' all are sliding",
+    ),
+    "mla": (
+        lambda: transformers.DeepseekV3Config(
+            **{**COMMON, "num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8,
+            qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4,
+            num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+            first_k_dense_replace=2,
+        ),
+        "NAMMCache: multi-head latent attention is not supported, got 'deepseek_v3'",
+    ),
+    "softcap": (
+        lambda: transformers.Gemma2Config(**{**COMMON, "head_dim": 8}),
+        "NAMMCache: softcapped attention logits are not supported, got 'gemma2'",
+    ),
+    "linear": (
+        lambda: transformers.Qwen3NextConfig(
+            **COMMON, head_dim=8, layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+            linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1,
+            moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        ),
+        "NAMMCache: layers must have full or sliding attention, layer 0 of 'qwen3_next' has "
+        "'linear_attention'",
+    ),
+    "sinks": (
+        lambda: transformers.GptOssConfig(
+            **COMMON, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+        "apply: GptOssForCausalLM has attention sinks (learned), which are not supported",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_without_a_memory_are_refused(name):
+    make, message = MODELS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(make()).eval()
+    implementation = model.config._attn_implementation
+    with error(message):
+        apply(model, POLICY)
+    with error(message):
+        NAMMCache(model, POLICY)
+    assert model.config._attn_implementation == implementation
+    assert "generate" not in vars(model)
+
+
+def test_encoder_decoders_are_refused():
+    config = transformers.BartConfig(
+        vocab_size=97, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    with error("NAMMCache: encoder-decoder models are not supported, got 'bart'"):
+        apply(model, POLICY)
+
+
+def test_not_a_model_or_not_a_policy(model):
+    with pytest.raises(TypeError, match="apply: model must be a transformers model, got Linear"):
+        apply(torch.nn.Linear(1, 1), POLICY)
+    with pytest.raises(TypeError, match="apply: policy must be a Policy, got str"):
+        apply(model, "namm")
+    with pytest.raises(TypeError, match="NAMMCache: policy must be a Policy, got int"):
+        NAMMCache(model, 3)
+
+
+# Calls --------------------------------------------------------------------------------------------
+
+
+def test_wrong_attention_implementation(model):
+    cache = NAMMCache(model, POLICY)
+    remove(model)
+    with torch.no_grad(), error(
+        "NAMMCache: the model's attn_implementation must be 'namm', got 'sdpa'; use "
+        "namm_ext.apply(model, policy)"
+    ):
+        model(tokens(1, 5), past_key_values=cache)
+
+
+def test_cache_of_another_model(model):
+    other = build(FAMILIES["llama"]())
+    cache = NAMMCache(model, POLICY)
+    NAMMCache(other, POLICY)
+    with torch.no_grad(), error("NAMMCache: the cache was made for another model"):
+        other(tokens(1, 5), past_key_values=cache)
+
+
+def test_tokens_not_consumed(model):
+    cache = NAMMCache(model, POLICY)
+    k = torch.zeros(1, 2, 3, 8)
+    cache.update(k, k.clone(), 0)
+    with error("NAMMCache: layer 0 did not consume the tokens of the last call"):
+        cache.update(k, k.clone(), 0)
+
+
+def test_key_used_twice_or_by_another_layer(model):
+    cache = NAMMCache(model, POLICY)
+    attention = model.model.layers[0].self_attn
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    key, value = cache.update(k, k.clone(), 0)
+    with error("NAMMCache: the keys of layer 0 are used more than once"):
+        namm_attention_forward(model.model.layers[1].self_attn, q, key, value, None)
+    namm_attention_forward(attention, q, key, value, None)
+    with error("NAMMCache: the keys of layer 0 are used more than once"):
+        namm_attention_forward(attention, q, key, value, None)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"s_aux": torch.zeros(4)}, "namm: attention sinks (s_aux) is not supported"),
+        ({"softcap": 30.0}, "namm: softcapped attention logits (softcap) is not supported"),
+        ({"position_bias": torch.zeros(1)}, "namm: a position bias (position_bias) is not"),
+        ({"sliding_window": 8}, "namm: a sliding window on a full-attention layer"),
+        ({"dropout": 0.1}, "namm: the model must be in evaluation mode without dropout"),
+        ({"is_causal": False}, "namm: attention must be causal, got is_causal=False"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_attention_arguments(model, kwargs, message):
+    cache = NAMMCache(model, POLICY)
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    key, value = cache.update(k, k.clone(), 0)
+    with error(message):
+        namm_attention_forward(model.model.layers[0].self_attn, q, key, value, None, **kwargs)
+
+
+def test_training_and_gradients(model):
+    cache = NAMMCache(model, POLICY)
+    model.requires_grad_(True)
+    with error("namm: attention over a memory is not differentiable; run the model under "
+               "torch.no_grad()"):  # fmt: skip
+        model(tokens(1, 5), past_key_values=cache)
+    model.train()
+    with torch.no_grad(), error(
+        "namm: the model must be in evaluation mode without dropout (model.eval()), got "
+        "training=True, dropout=0.0"
+    ):
+        model(tokens(1, 5), past_key_values=NAMMCache(model, POLICY))
+
+
+def test_4d_and_bidirectional_masks(model):
+    ids = tokens(1, 5)
+    mask = torch.zeros(1, 1, 5, 5)
+    with torch.no_grad(), error(
+        "namm: attention_mask must be a 2-D padding mask; 4-D and bidirectional masks are not "
+        "supported, got shape [1, 1, 5, 5]"
+    ):
+        model(ids, attention_mask=mask, past_key_values=NAMMCache(model, POLICY))
+
+
+@torch.no_grad()
+def test_masks_of_the_wrong_kind(model):
+    ids = tokens(2, 6)
+
+    def call(cache, mask, ids=ids):
+        model(ids, attention_mask=torch.tensor(mask), past_key_values=cache)
+
+    with error("namm: attention_mask must have its ones side by side in each call, row 1 has holes"):
+        call(NAMMCache(model, POLICY), [[1] * 6, [0, 1, 0, 1, 1, 1]])
+    cache = NAMMCache(model, POLICY)
+    call(cache, [[1] * 6, [0, 0, 1, 1, 1, 1]])
+    changed = "namm: attention_mask must not change for tokens already in the cache"
+    with error(changed):
+        call(cache, [[1] * 7, [1] * 7], ids[:, :1])
+    cache = NAMMCache(model, POLICY)
+    call(cache, [[1] * 6, [0, 0, 1, 1, 1, 1]])
+    with error(changed):
+        call(cache, [[1] * 7, [0] + [1] * 6], ids[:, :1])
+    cache = NAMMCache(model, POLICY)
+    call(cache, [[1] * 6, [1] * 6])
+    with error(changed):
+        call(cache, [[1] * 7, [0] + [1] * 6], ids[:, :1])
+    cache = NAMMCache(model, POLICY)
+    call(cache, [[1] * 6, [0, 0, 1, 1, 1, 1]])
+    with error(changed + "; they were padded, now there is no mask"):
+        model(ids[:, :1], past_key_values=cache)
+    with error("namm: attention_mask must be [batch, tokens seen + new tokens] = [2, 6], got [2, 9]"):
+        call(NAMMCache(model, POLICY), [[1] * 9, [1] * 9])
+
+
+@torch.no_grad()
+def test_batches_that_change(model):
+    cache = NAMMCache(model, POLICY)
+    model(tokens(2, 6), past_key_values=cache)
+    with error("NAMMCache: batch must have 2 rows as before, got 3"):
+        model(tokens(3, 1), past_key_values=cache)
+    policy = evicting_policy()
+    with error("NAMMCache: param_index must have one entry per batch row, 2 (beams and returned "
+               "sequences included), got 3"):  # fmt: skip
+        model(tokens(2, 6), past_key_values=NAMMCache(model, policy, param_index=[0, 0, 0]))
+    with error("NAMMCache: param_index must be 1-D, got shape [1, 1]"):
+        NAMMCache(model, policy, param_index=torch.zeros(1, 1))
+
+
+def test_generate_without_a_cache_is_refused(model):
+    with patch(model, POLICY):
+        for kwargs in ({"use_cache": False},
+                       {"generation_config": transformers.GenerationConfig(use_cache=False)}):  # fmt: skip
+            with error("patch: use_cache must be True for a model with a memory"):
+                model.generate(tokens(1, 5), max_new_tokens=2, **kwargs)
+        with pytest.raises(ValueError, match="cache_implementation"):
+            model.generate(tokens(1, 5), max_new_tokens=2, cache_implementation="static")
+
+
+def test_hybrid_crop_follows_the_sliding_layers():
+    """Stock sliding layers cannot be rolled back without recording; their error stays."""
+    model = build(gemma3_config())
+    cache = NAMMCache(model, NeverEvict(n_up=64))
+    model(tokens(1, 40), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-3)

@@ -1,0 +1,422 @@
+"""Everything ``generate`` does with a dynamic cache, done with a memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+from hf_models import FAMILIES, build, evicting_policy, positions, tokens
+from namm_ext import NAMM, NAMMCache, NAMMConfig, apply, patch, remove
+from namm_ext.baselines import NeverEvict, StreamingLLM
+from namm_ext.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(FAMILIES["llama"](), torch.float64)
+
+
+@pytest.fixture
+def policy():
+    return evicting_policy(threshold=None, cache_size=10)
+
+
+def greedy(model, ids, **kwargs):
+    return model.generate(ids, do_sample=False, **{"max_new_tokens": 40, **kwargs})
+
+
+# Undoing and repeating ----------------------------------------------------------------------------
+
+
+def test_patch_is_undone_exactly(model, policy):
+    config = copy.deepcopy(model.config.to_dict())
+    before = dict(vars(model)), model.config._attn_implementation
+    ids = tokens(1, 40)
+    want = greedy(model, ids)
+    with patch(model, policy) as memory:
+        assert model.config._attn_implementation == "namm"
+        with pytest.raises(ValueError, match="patch: no cache yet, call model.generate first"):
+            memory.report()
+        inside = greedy(model, ids)
+        assert memory.report().layers[0].num_updates == 4
+    assert (dict(vars(model)), model.config._attn_implementation) == before
+    assert model.config.to_dict() == config
+    assert torch.equal(greedy(model, ids), want)
+    assert not torch.equal(inside, want)
+
+
+def test_patch_is_undone_after_an_error(model, policy):
+    before = dict(vars(model))
+    with pytest.raises(KeyError), patch(model, policy):
+        raise KeyError
+    assert dict(vars(model)) == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_nested_patches_and_apply(model, policy):
+    ids = tokens(1, 40)
+    outer = apply(model, policy)
+    one = greedy(model, ids)
+    with patch(model, NeverEvict(n_up=16)) as inner:
+        two = greedy(model, ids)
+        assert inner.report().policy == "NeverEvict"
+    assert torch.equal(greedy(model, ids), one)
+    assert outer.policy is policy
+    remove(model)
+    remove(model)  # a model without memory is fine
+    assert "generate" not in vars(model)
+    assert torch.equal(greedy(model, ids), two)
+
+
+def test_model_loaded_with_namm_attention(tmp_path, model, policy):
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="namm", dtype=torch.float64
+    )
+    ids = tokens(1, 40)
+    with patch(model, policy):
+        want = greedy(model, ids)
+    cache = NAMMCache(loaded.config, policy)
+    assert torch.equal(greedy(loaded, ids, past_key_values=cache), want)
+    with patch(loaded, policy):
+        assert torch.equal(greedy(loaded, ids), want)
+    assert loaded.config._attn_implementation == "namm"
+
+
+# Ways to generate ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 2},
+        {"guidance_scale": 1.5},
+        {"prefill_chunk_size": 13},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"prompt_lookup_num_tokens": 5},
+    ],
+    ids=lambda kwargs: "-".join(kwargs),
+)
+def test_never_evict_generates_as_stock(model, kwargs):
+    kwargs = {"do_sample": False, "max_new_tokens": 30, **kwargs}
+    ids = tokens(1, 40).repeat(1, 2)
+    torch.manual_seed(3)
+    want = model.generate(ids, **kwargs)
+    torch.manual_seed(3)
+    with patch(model, NeverEvict(n_up=16)) as memory:
+        got = model.generate(ids, **kwargs)
+    if "return_dict_in_generate" in kwargs:
+        assert memory.cache is got.past_key_values
+        want, got = want.sequences, got.sequences
+    assert torch.equal(got, want)
+    assert memory.cache.layers[0].kv.num_updates >= 4
+
+
+def test_beams_equal_their_replay(model, policy):
+    ids = tokens(2, 37)
+    with patch(model, policy):
+        out = model.generate(
+            ids, num_beams=3, num_return_sequences=3, max_new_tokens=30, do_sample=False,
+            return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+        )  # fmt: skip
+    for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
+        with torch.no_grad():
+            logits = model(sequence[None, :-1], past_key_values=NAMMCache(model, policy)).logits
+        log_probs = logits[0, 36:].log_softmax(-1).gather(1, sequence[37:, None])
+        torch.testing.assert_close(log_probs.sum().to(score.dtype), score, rtol=1e-5, atol=1e-4)
+    remove(model)
+
+
+class Draft(transformers.generation.candidate_generator.CandidateGenerator):
+    """Proposes the true continuation with mistakes, so that drafts are partly rejected."""
+
+    def __init__(self, truth, width):
+        self.truth, self.width, self.calls = truth, width, 0
+
+    def get_candidates(self, input_ids, *args, **kwargs):
+        n = input_ids.shape[1]
+        draft = self.truth[:, n : n + self.width].clone()
+        self.calls += 1
+        if draft.shape[1] > 2:
+            wrong = self.calls % draft.shape[1]
+            draft[:, wrong] = (draft[:, wrong] + 1) % 90 + 2
+        return torch.cat([input_ids, draft], dim=1), None
+
+    def update_candidate_strategy(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("width", [3, 7, 40])
+def test_assisted_equals_greedy_across_updates(model, policy, width, monkeypatch):
+    """Drafts are rejected behind an update: what the update dropped must come back."""
+    ids = tokens(1, 40)
+    with patch(model, policy) as memory:
+        want = greedy(model, ids, max_new_tokens=60)
+        kept = [positions(layer) for layer in memory.cache.layers]
+        draft = Draft(want, width)
+        monkeypatch.setattr(type(model), "_get_candidate_generator", lambda *a, **k: draft)
+        got = greedy(model, ids, max_new_tokens=60, prompt_lookup_num_tokens=width)
+        assert torch.equal(got, want)
+        cache = memory.cache
+        cache.crop(cache.get_seq_length() - (want.shape[1] - 1) and -(
+            cache.get_seq_length() - (want.shape[1] - 1)))
+        assert [positions(layer) for layer in cache.layers] == kept
+    assert draft.calls > 2
+
+
+def test_assistant_model(model, policy):
+    ids = tokens(1, 40)
+    assistant = build(FAMILIES["llama"](), torch.float64, seed=1)
+    with patch(model, policy):
+        want = greedy(model, ids)
+        assert torch.equal(greedy(model, ids, assistant_model=assistant), want)
+
+
+def test_several_turns_equal_one(model, policy):
+    ids = tokens(1, 30)
+    cache = NAMMCache(model, policy)
+    text, question = ids, tokens(1, 13, seed=5)
+    for _ in range(3):
+        text = greedy(model, text, past_key_values=cache, max_new_tokens=11)
+        text = torch.cat([text, question], dim=1)
+    fresh = NAMMCache(model, policy)
+    with torch.no_grad():
+        model(text[:, : cache.get_seq_length()], past_key_values=fresh)
+    assert fresh.get_seq_length() == cache.get_seq_length() == text.shape[1] - 14
+    assert [positions(x) for x in cache.layers] == [positions(x) for x in fresh.layers]
+    remove(model)
+
+
+def test_chunked_prefill_of_a_second_turn(model, policy):
+    """Old transformers fed the whole prompt again here; the cache must end at the right length."""
+    cache = NAMMCache(model, policy)
+    text = greedy(model, tokens(1, 30), past_key_values=cache, max_new_tokens=11)
+    text = torch.cat([text, tokens(1, 40, seed=5)], dim=1)
+    out = greedy(
+        model, text, past_key_values=cache, max_new_tokens=5, prefill_chunk_size=7
+    )
+    assert cache.get_seq_length() == out.shape[1] - 1
+    remove(model)
+
+
+def test_deepcopy_shares_a_prefix(model, policy):
+    prefix, cache = tokens(1, 37), NAMMCache(model, policy)
+    with torch.no_grad():
+        model(prefix, past_key_values=cache)
+    kept = positions(cache.layers[1])
+    for seed in (1, 2):
+        text = torch.cat([prefix, tokens(1, 20, seed=seed)], dim=1)
+        twin = copy.deepcopy(cache)
+        assert twin.policy is cache.policy
+        got = greedy(model, text, past_key_values=twin)
+        want = greedy(model, text, past_key_values=NAMMCache(model, policy))
+        assert torch.equal(got, want)
+    assert positions(cache.layers[1]) == kept
+    assert cache.get_seq_length() == 37
+    remove(model)
+
+
+def test_reset_starts_again(model, policy):
+    cache = NAMMCache(model, policy)
+    greedy(model, tokens(2, 30), past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.session.ledger.kv == cache.session.ledger.memory == 0
+    ids = tokens(1, 41)
+    got = greedy(model, ids, past_key_values=cache)
+    assert torch.equal(got, greedy(model, ids, past_key_values=NAMMCache(model, policy)))
+    remove(model)
+
+
+# Crop ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [1, 5, 9, 21, 37])
+def test_crop_is_exact(model, policy, removed):
+    ids = tokens(2, 73)
+    cache = NAMMCache(model, policy)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(-removed)
+        assert cache.get_seq_length() == 73 - removed
+        fresh = NAMMCache(model, policy)
+        model(ids[:, : 73 - removed], past_key_values=fresh)
+        assert [positions(x) for x in cache.layers] == [positions(x) for x in fresh.layers]
+        assert cache.session.ledger.kv == fresh.session.ledger.kv
+        assert cache.session.ledger.memory == fresh.session.ledger.memory
+        for layer in cache.layers:
+            layer.record_past = False
+        more = tokens(2, 40, seed=9)
+        a = model(more, past_key_values=cache).logits
+        b = model(more, past_key_values=fresh).logits
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    remove(model)
+
+
+def test_crop_of_padded_rows(model, policy):
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    cache, fresh = (NAMMCache(model, policy) for _ in range(2))
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        cache.crop(36)  # the length to keep, as before transformers 5.16
+        model(ids[:, :36], attention_mask=mask[:, :36], past_key_values=fresh)
+        assert cache.layers[0].kv.seen == fresh.layers[0].kv.seen == (23, 36)
+        assert [positions(x, 0) for x in cache.layers] == [positions(x, 0) for x in fresh.layers]
+        both = [model(ids[:, 36:], attention_mask=mask, past_key_values=c).logits
+                for c in (cache, fresh)]  # fmt: skip
+    torch.testing.assert_close(*both)
+    remove(model)
+
+
+def test_crop_across_an_update_needs_the_past(model, policy):
+    cache = NAMMCache(model, policy)
+    with torch.no_grad():
+        model(tokens(1, 40), past_key_values=cache)
+    held = positions(cache.layers[0])
+    with pytest.raises(RuntimeError, match=r"cannot undo the memory update of layer 0 .* 9 tokens"):
+        cache.crop(-9)
+    assert positions(cache.layers[0]) == held
+    assert cache.get_seq_length() == 40
+    with pytest.raises(ValueError, match="cannot remove 41 tokens, the cache has seen 40"):
+        cache.crop(-41)
+    remove(model)
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def cache_tensors(cache):
+    for layer in cache.layers:
+        kv = layer.kv
+        yield from (kv.store.k, kv.store.v)
+
+
+def test_bytes_are_freed_and_reported(model):
+    cache = NAMMCache(model, StreamingLLM(cache_size=10, n_up=16))
+    greedy(model, tokens(2, 100), past_key_values=cache, max_new_tokens=30)
+    layer = cache.layers[0]
+    heads, row = 2 * 2, 2 * 8 * 8  # segments; k and v of 8 numbers in float64
+    assert [t.untyped_storage().nbytes() for t in cache_tensors(cache)] == [
+        heads * (10 + 16) * row // 2
+    ] * 4
+    report = cache.report()
+    assert report.kv_bytes == 2 * heads * 26 * row
+    assert report.full_bytes == 2 * heads * 129 * row
+    assert report.layers[0].seen == (129, 129)
+    assert report.layers[0].kept == ((10, 10), (10, 10))
+    assert report.layers[0].live == ((11, 11), (11, 11))  # 129 = 8 * 16 + 1
+    assert report.kv_bytes_live == 2 * heads * 11 * row
+    assert report.kept_fraction == pytest.approx(10 / 129)
+    assert report.kv_bytes == cache.session.ledger.kv
+    assert report.memory_bytes == cache.session.ledger.memory
+    # At most the old store (10 + 16), the new one next to it, and the other layer.
+    assert report.peak_kv_bytes == 3 * heads * 26 * row
+    old = [weakref.ref(t) for t in cache_tensors(cache)]
+    gc.disable()
+    try:
+        del cache, layer
+        assert all(ref() is None for ref in old)  # no cycle keeps the memory alive
+    finally:
+        gc.enable()
+    remove(model)
+
+
+def test_old_stores_die_at_the_update(model, policy):
+    cache = NAMMCache(model, policy)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(tokens(1, 15), past_key_values=cache)
+            old = [weakref.ref(t) for t in cache_tensors(cache)]
+            model(tokens(1, 1), past_key_values=cache)
+        assert cache.layers[0].kv.num_updates == 1
+        assert all(ref() is None for ref in old)
+    finally:
+        gc.enable()
+    remove(model)
+
+
+def test_peak_is_bounded_in_one_long_forward(model):
+    cache = NAMMCache(model, StreamingLLM(cache_size=8, n_up=16))
+    with torch.no_grad():
+        model(tokens(1, 900), past_key_values=cache)
+    report = cache.report()
+    assert report.layers[0].num_updates == 56
+    assert report.peak_kv_bytes < 0.1 * report.full_bytes
+    remove(model)
+
+
+def test_report_prints_and_serialises(model, policy):
+    cache = NAMMCache(model, policy)
+    empty = cache.report().to_dict()
+    assert empty["layers"] == []
+    assert empty["totals"]["kept_fraction"] == 1.0
+    greedy(model, tokens(1, 50), past_key_values=cache)
+    data = cache.report().to_dict()
+    assert data["policy"] == "NAMM"
+    assert data["fingerprint"] == policy.fingerprint()
+    assert data["totals"]["total_bytes"] == (
+        data["totals"]["kv_bytes"] + data["totals"]["memory_bytes"]
+    )
+    text = str(cache.report())
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["layer", "seen", "kept"]
+    assert len(lines) == 2 + 2 + 1 + 1 + 1
+    assert "of the full cache" in lines[-1]
+    remove(model)
+
+
+# A failing update ---------------------------------------------------------------------------------
+
+
+class Failing(Policy):
+    """Fails at the n-th update, once."""
+
+    def __init__(self, inner, at):
+        self.inner, self.left, self.n_up, self.num_state = inner, at, inner.n_up, inner.num_state
+
+    def update(self, ctx):
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError("no memory left")
+        return self.inner.update(ctx)
+
+    def select(self, scores, ctx):
+        return self.inner.select(scores, ctx)
+
+    def fingerprint(self):
+        return self.inner.fingerprint()
+
+
+def test_an_interrupted_forward_is_not_silently_continued(model, policy):
+    cache = NAMMCache(model, Failing(policy, at=4))  # layer 0: 3 updates; layer 1 fails
+    ids = tokens(1, 40)
+    with torch.no_grad(), pytest.raises(MemoryError):
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"start again with cache.reset\(\)"):
+        model(tokens(1, 1), past_key_values=cache)
+    cache.reset()
+    with torch.no_grad():
+        got = model(ids, past_key_values=cache).logits
+        want = model(ids, past_key_values=NAMMCache(model, policy)).logits
+    torch.testing.assert_close(got, want)
+    remove(model)
+
+
+def test_nan_scores_are_an_error(model):
+    policy = NAMM(NAMMConfig(n_up=16))
+    policy.params[-1] = torch.nan
+    cache = NAMMCache(model, policy)
+    with torch.no_grad(), pytest.raises(ValueError, match="scores must not be NaN.*layer 0.*row 0"):
+        model(tokens(1, 40), past_key_values=cache)
+    remove(model)
