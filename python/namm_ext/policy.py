@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .config import NAMMConfig
 from .reference import Statistics
 
@@ -117,8 +117,6 @@ def select_rows(
     Returns:
         ``keep [C]`` uint8 and ``num_kept [S]`` int32.
     """
-    from . import ops
-
     return ops.select(
         scores,
         ctx.pos,
@@ -318,8 +316,6 @@ class StatisticsCalibrator(Policy):
 
 
 def _spectrogram(ctx: UpdateContext, config: NAMMConfig) -> Tensor:
-    from . import ops
-
     return ops.spectrogram(
         ctx.q_window,
         ctx.lse_window,
@@ -427,8 +423,6 @@ class NAMM(Policy):
         Returns:
             ``scores [C]`` and the new ``state [C, 17]``.
         """
-        from . import ops
-
         state = _spectrogram(ctx, self.config)
         device = state.device
         bank = self.params if self.params.dim() == 2 else self.params[None]
