@@ -2,7 +2,8 @@
 
 The folder comes from NAMM_GOLDEN_DIR (default ``tests/golden``), files are found by pattern and
 every size is read from the file. Tolerances are those of the README; indices are exact.
-Ragged functions run twice: from ``namm_ext.reference`` and from ``namm_ext.ops`` (the kernels).
+Ragged functions run from ``namm_ext.reference`` and from ``namm_ext.ops`` (the kernels), which
+run on CUDA too where there is a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 
 import cma_reference
 import numpy as np
@@ -22,7 +22,37 @@ from namm_ext import NAMM, ops, policy, reference
 from torch import Tensor
 
 GOLDEN = golden_dir()
-IMPLEMENTATIONS = [pytest.param(m, id=m.__name__.split(".")[-1]) for m in (reference, ops)]
+
+
+class OpsOnCuda:
+    """``namm_ext.ops`` on CPU tensors, through copies on the GPU."""
+
+    def __getattr__(self, name: str):
+        def call(*args, **kwargs):
+            moved = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+            result = getattr(ops, name)(*moved, **kwargs)
+            for original, copy in zip(args, moved, strict=True):
+                if name.endswith("_"):
+                    original.copy_(copy)
+            if isinstance(result, tuple):
+                return tuple(r.cpu() for r in result)
+            return None if result is None else result.cpu()
+
+        return call
+
+
+IMPLEMENTATIONS = [
+    pytest.param(reference, id="reference"),
+    pytest.param(ops, id="ops"),
+    pytest.param(
+        OpsOnCuda(),
+        id="ops-cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ],
+    ),
+]
 EMA_COEFF = 0.99
 
 
@@ -173,7 +203,7 @@ def replay_rope_ntk(v):
         assert not unknown, f"not replayed: {sorted(unknown)}"
 
 
-def replay_selection(v, impl: ModuleType):
+def replay_selection(v, impl=reference):
     for name, c in cases(v):
         kind, cache_size = c["kind"], int(c["cache_size"])
         batch, heads, num_keys = c["scores"].shape
@@ -220,11 +250,13 @@ UNITS = {
 def test_unit(path):
     kinds = [kind for kind in UNITS if path.stem.startswith(kind)]
     assert kinds, f"{path.name}: no replay for this kind of unit; known are {', '.join(UNITS)}"
-    if UNITS[kinds[0]] is replay_selection:
-        for impl in (reference, ops):
-            replay_selection(load(path), impl)
-    else:
-        UNITS[kinds[0]](load(path))
+    UNITS[kinds[0]](load(path))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("path", golden_files("unit_selection*.npz"))
+def test_selection(path, impl):
+    replay_selection(load(path), impl)
 
 
 # Chains: attention -> spectrogram -> EMA -> normalisation -> scores -> selection -> eviction ------
@@ -233,7 +265,7 @@ def test_unit(path):
 class Chain:
     """A golden chain file and the ragged stores of its layers."""
 
-    def __init__(self, path: Path, impl: ModuleType):
+    def __init__(self, path: Path, impl):
         self.v = load(path)
         self.impl = impl
         self.n_up, self.num_heads = int(self.v["n_up"]), int(self.v["n_kv_heads"])
@@ -378,7 +410,7 @@ def test_chain_from_queries(path, impl):
         _, _, pos, state = store
         num_keys = int(used[0])
         head_dim = -(-num_keys // 8) * 8
-        if impl is ops and head_dim > 256:
+        if impl is not reference and head_dim > 256:
             pytest.skip("one-hot keys need head_dim >= keys, and the kernels stop at 256")
 
         probs = chain.want(step, layer, "attn_in")
