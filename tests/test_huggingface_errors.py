@@ -36,7 +36,8 @@ MODELS = {
     ),
     "mamba": (
         lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
-        "apply: MambaForCausalLM keeps a recurrent state, not only keys and values",
+        "NAMMCache: layers must have full or sliding attention, layer 0 of 'mamba' has "
+        "'linear_attention'",
     ),
     "all_sliding": (
         lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
@@ -87,6 +88,13 @@ def test_models_without_a_memory_are_refused(name):
         NAMMCache(model, POLICY)
     assert model.config._attn_implementation == implementation
     assert "generate" not in vars(model)
+
+
+def test_recurrent_states_are_refused(model, monkeypatch):
+    """For hybrids whose configuration does not list its layers."""
+    monkeypatch.setattr(model.model, "_is_stateful", True, raising=False)
+    with error("apply: LlamaForCausalLM keeps a recurrent state, not only keys and values"):
+        apply(model, POLICY)
 
 
 def test_encoder_decoders_are_refused():

@@ -1,0 +1,203 @@
+"""Every baseline against brute force: a dense cache, saved probabilities, sorting in Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_models import (
+    FAMILIES,
+    DenseOracle,
+    build,
+    oracle_logits,
+    positions,
+    select_by,
+    tokens,
+)
+from namm_ext import NAMMCache
+from namm_ext.baselines import (
+    H2O,
+    TOVA,
+    Full,
+    KeyDiff,
+    KNorm,
+    NeverEvict,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
+
+LENGTH = 75
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(FAMILIES["llama"](), torch.float64)
+
+
+# What each rule ranks by, on the oracle's dense history; dead tokens are masked by the selection.
+
+
+def by_position(oracle, layer, index, t):
+    return torch.arange(layer.alive.shape[1]).expand_as(layer.alive)
+
+
+def by_accumulated_attention(oracle, layer, index, t):
+    return layer.probs.sum(dim=1)
+
+
+def by_last_attention(oracle, layer, index, t):
+    return layer.probs[:, t - 1]
+
+
+def by_last_attention_of_the_layer(oracle, layer, index, t):
+    return layer.probs[:, t - 1].mean(dim=0).expand_as(layer.alive)
+
+
+def by_norm(oracle, layer, index, t):
+    return -layer.keys.square().sum(-1).sqrt()
+
+
+def by_key_difference(oracle, layer, index, t):
+    scores = torch.zeros(layer.alive.shape, dtype=torch.float64)
+    for h, alive in enumerate(layer.alive):
+        rows = alive.nonzero().flatten()
+        unit = torch.nn.functional.normalize(layer.keys[h, rows], dim=-1)
+        scores[h, rows] = -torch.cosine_similarity(layer.keys[h, rows], unit.mean(0)[None], dim=-1)
+    return scores
+
+
+def by_pooled_window(window, kernel):
+    def score(oracle, layer, index, t):
+        scores = torch.zeros(layer.alive.shape, dtype=torch.float64)
+        for h, alive in enumerate(layer.alive):
+            rows = alive.nonzero().flatten()
+            rows = rows[rows < t - window]
+            if rows.numel():
+                seen = layer.probs[h, t - window : t][:, rows].sum(0)
+                pooled = torch.nn.functional.avg_pool1d(
+                    seen[None], kernel, stride=1, padding=kernel // 2
+                )
+                scores[h, rows] = pooled[0]
+        return scores
+
+    return score
+
+
+CASES = {
+    "StreamingLLM": (StreamingLLM(12, 16), by_position, {"sink_tokens": 4}),
+    "H2O": (H2O(12, 16), by_accumulated_attention, {"recent_tokens": 6}),
+    "H2O_layer": (H2O(12, 16, "per_layer", recent_tokens=3), by_accumulated_attention,
+                  {"recent_tokens": 3}),
+    "H2O_every_token": (H2O(12, 1), by_accumulated_attention, {"recent_tokens": 6}),
+    "SnapKV": (SnapKV(14, 16, window=5), by_pooled_window(5, 5), {"recent_tokens": 5}),
+    "SnapKV_layer": (SnapKV(14, 16, "per_layer", window=6, kernel_size=3, sink_tokens=1),
+                     by_pooled_window(6, 3), {"recent_tokens": 6, "sink_tokens": 1}),
+    "SnapKV_wide_window": (SnapKV(30, 16, window=24, kernel_size=1), by_pooled_window(24, 1),
+                           {"recent_tokens": 24}),
+    "TOVA": (TOVA(12, 16), by_last_attention_of_the_layer, {}),
+    "TOVA_every_token": (TOVA(12, 1), by_last_attention_of_the_layer, {}),
+    "TOVA_head": (TOVA(12, 16, heads="head"), by_last_attention, {}),
+    "TOVA_layer_budget": (TOVA(12, 16, "per_layer"), by_last_attention, {}),
+    "KNorm": (KNorm(12, 16), by_norm, {}),
+    "KNorm_layer": (KNorm(12, 16, "per_layer", sink_tokens=2, recent_tokens=3), by_norm,
+                    {"sink_tokens": 2, "recent_tokens": 3}),
+    "KeyDiff": (KeyDiff(12, 16), by_key_difference, {}),
+    "KeyDiff_layer": (KeyDiff(12, 16, "per_layer"), by_key_difference, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_equals_brute_force(model, name):
+    policy, score, floors = CASES[name]
+    oracle = DenseOracle(
+        policy.n_up, score, select_by(None, policy.cache_size, policy.budget, **floors)
+    )
+    ids = tokens(1, LENGTH)
+    want = oracle_logits(model, oracle, ids)
+    cache = NAMMCache(model, policy)
+    got = torch.cat(
+        [model(part, past_key_values=cache).logits for part in ids.split((41, 1, 33), dim=1)], 1
+    )
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+    for layer in cache.layers:
+        assert positions(layer) == oracle.kept_positions(layer.layer_idx)
+        assert sum(layer.kv.store.kept) == 2 * policy.cache_size
+
+
+@torch.no_grad()
+def test_random_is_a_stable_uniform_sample(model):
+    ids = tokens(2, 600)
+    policy = Random(150, 50, seed=7)
+    cache, other = NAMMCache(model, policy), NAMMCache(model, Random(150, 50, seed=8))
+    model(ids, past_key_values=cache)
+    model(ids, past_key_values=other)
+    samples = [positions(layer, row)[h] for layer in cache.layers for row in (0, 1) for h in (0, 1)]
+    for sample in samples:
+        assert len(sample) == 150
+        assert 220 < sum(sample) / len(sample) < 380  # mean 300, standard deviation 14
+    assert samples[0] == samples[2]  # rows alike
+    assert samples[0] != samples[1]  # heads differ
+    assert samples[0] != samples[4]  # layers differ
+    assert samples[0] != positions(other.layers[0])[0]  # seeds differ
+    # A sample of a sample: the survivors are the best priorities of the whole sequence.
+    alone = NAMMCache(model, Random(150, 600, seed=7))
+    model(ids[:1], past_key_values=alone)
+    early = set(positions(alone.layers[0])[0]) - {599}
+    assert len(early - set(samples[0])) <= 1
+
+
+@torch.no_grad()
+def test_never_evict(model):
+    cache = NAMMCache(model, NeverEvict(n_up=16))
+    model(tokens(1, LENGTH), past_key_values=cache)
+    assert positions(cache.layers[0]) == [list(range(LENGTH))] * 2
+    assert Full is NeverEvict
+
+
+@pytest.mark.parametrize("rule", [StreamingLLM, H2O, SnapKV, TOVA, KNorm, KeyDiff, Random])
+@pytest.mark.parametrize("budget", ["per_head", "per_layer"])
+@torch.no_grad()
+def test_budgets_hold_in_a_padded_batch(model, rule, budget):
+    """Same constructor for all; padded rows equal rows alone."""
+    policy = rule(cache_size=10, n_up=16, budget=budget)
+    ids = tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    cache, alone = NAMMCache(model, policy), NAMMCache(model, policy)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    model(ids[:1, 7:], past_key_values=alone)
+    for layer, single in zip(cache.layers, alone.layers, strict=True):
+        assert positions(layer) == positions(single)
+        kept = layer.kv.store.kept
+        assert [sum(kept[:2]), sum(kept[2:])] == [20, 20]
+        if budget == "per_head":
+            assert set(kept) == {10}
+
+
+def test_fingerprints_tell_policies_apart():
+    policies = [rule(cache_size=c, n_up=n) for rule in (StreamingLLM, H2O, TOVA, KNorm)
+                for c in (8, 9) for n in (16, 32)]  # fmt: skip
+    assert len({p.fingerprint() for p in policies}) == len(policies)
+    assert H2O(8, 16).fingerprint() == H2O(8, 16).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KNorm(0), "KNorm: cache_size must be an integer >= 1, got 0"),
+        (lambda: KNorm(8, n_up=0), "KNorm: n_up must be an integer >= 1, got 0"),
+        (lambda: H2O(8, budget="global"),
+         "H2O: budget must be 'per_head' or 'per_layer', got 'global'"),
+        (lambda: StreamingLLM(3),
+         r"StreamingLLM: sink_tokens \+ recent_tokens must be at most cache_size = 3, got 4 \+ 0"),
+        (lambda: SnapKV(100, 16, window=33), r"SnapKV: window must be in \[1, 16 \+ n_up\], got 33"),
+        (lambda: SnapKV(100, kernel_size=4), "SnapKV: kernel_size must be odd and positive, got 4"),
+        (lambda: TOVA(8, budget="per_layer", heads="layer"),
+         "TOVA: heads must be 'head', or 'layer' with budget 'per_head', got 'layer' with"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

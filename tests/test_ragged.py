@@ -1,0 +1,321 @@
+"""The ragged store by itself: sizes, poison, failures, rows, undo, and the planner's cuts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hf_models import evicting_policy
+from namm_ext.baselines import H2O, KNorm, StreamingLLM
+from namm_ext.policy import Policy
+from namm_ext.ragged import CARRY, Ledger, Planner, RaggedKV
+
+B, H, G, D, DV, N_UP = 3, 2, 2, 8, 6, 16
+CPU = torch.device("cpu")
+
+
+def make(policy, batch_size=B, **kwargs):
+    return RaggedKV(
+        policy, batch_size=batch_size, num_kv_heads=H, num_heads=H * G, head_dim=D,
+        head_dim_v=DV, softmax_scale=D**-0.5, dtype=torch.float64, **kwargs,
+    )  # fmt: skip
+
+
+def inputs(length, seed=0, batch_size=B):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((H * G, D), (H, D), (H, DV))
+    return [
+        2 * torch.randn(batch_size, h, length, d, dtype=torch.float64, generator=g)
+        for h, d in shapes
+    ]
+
+
+def run(kv, q, k, v, cuts=(), planner=None):
+    """Feed all tokens, cut at the given columns."""
+    planner = planner or Planner(kv.n_up)
+    ends = (0, *cuts, q.shape[2])
+    out = []
+    for a, b in zip(ends, ends[1:], strict=False):
+        pieces = planner(kv.seen, b - a, None, CPU)
+        out.append(kv.forward(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], pieces))
+    return torch.cat(out, dim=1)
+
+
+def live(kv, name):
+    """A store tensor's live rows, by segment."""
+    starts = kv.store.cu_seqlens_k.tolist()
+    rows = [getattr(kv.store, name)[s : s + n] for s, n in zip(starts, kv.lengths, strict=False)]
+    return rows
+
+
+def same(a, b):
+    assert a.lengths == b.lengths
+    assert a.seen == b.seen
+    assert a.store.seqused_k.tolist() == list(a.lengths) == b.store.seqused_k.tolist()
+    for name in ("k", "v", "pos", "state"):
+        for x, y in zip(live(a, name), live(b, name), strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def policy():
+    return evicting_policy(N_UP, seed=3, threshold=None, cache_size=7, budget="per_layer")
+
+
+# Planner ------------------------------------------------------------------------------------------
+
+
+def test_planner_cuts_at_updates():
+    pieces = Planner(16)((5, 5), 40, None, CPU)
+    assert [(p.columns.start, p.columns.stop) for p in pieces] == [(0, 11), (11, 27), (27, 40)]
+    assert [p.due for p in pieces] == [(True, True), (True, True), None]
+    assert [p.slot for p in pieces] == [16 + 5, 16, 16]
+    assert pieces[0].pos_q.tolist() == [-16, -16]
+    assert pieces[1].pos_q.tolist() == [0, 0]
+    assert pieces[-1].seen == (45, 45)
+
+
+def test_planner_lets_rows_update_apart():
+    pieces = Planner(16)((15, 0), 20, ((0, 20), (3, 17)), CPU)
+    assert [(p.first.tolist(), p.num_new.tolist()) for p in pieces] == [
+        ([0, 3], [1, 16]), ([1, 19], [16, 1]), ([17, 20], [3, 0]),
+    ]  # fmt: skip
+    assert [p.due for p in pieces] == [(True, True), (True, False), None]
+    assert pieces[1].pos_q.tolist() == [0, 0]  # row 1 stands 1 token behind its update
+    assert pieces[0].columns is None
+    assert pieces[0].slot is None
+    rows, cols, slots = pieces[0].scatter
+    assert (rows.tolist(), cols.tolist()) == ([0] + [1] * 16, [0, *range(3, 19)])
+    assert slots.tolist() == [CARRY + 15, *range(CARRY, CARRY + 16)]
+
+
+def test_planner_answers_all_layers_alike():
+    planner = Planner(16)
+    first = planner((3, 3), 1, None, CPU)
+    assert planner((3, 3), 1, None, CPU) is first
+    # Rows of different length that all move by one: positions come from the last tensor.
+    apart = planner((3, 9), 1, None, CPU)[0]
+    after = planner((4, 10), 1, None, CPU)[0]
+    assert after.pos_first.tolist() == [4, 10]
+    assert apart.pos_first.tolist() == [3, 9]
+    assert planner((4, 11), 1, None, CPU)[0].pos_first.tolist() == [4, 11]
+
+
+# Sizes and memory ---------------------------------------------------------------------------------
+
+
+def test_slots_are_kept_plus_n_up():
+    kv = make(policy())
+    run(kv, *inputs(70))
+    store = kv.store
+    assert store.slots == tuple(n + N_UP for n in store.kept)
+    assert store.cu_seqlens_k.diff().tolist() == list(store.slots)
+    assert kv.lengths == tuple(n + 70 % N_UP for n in store.kept)
+    assert len(set(store.kept)) > 1  # really ragged
+    assert all(sum(store.kept[b * H : (b + 1) * H]) == 7 * H for b in range(B))
+    rows = sum(store.slots)
+    assert store.k.untyped_storage().nbytes() == rows * D * 8
+    assert store.v.untyped_storage().nbytes() == rows * DV * 8
+    assert store.state.untyped_storage().nbytes() == rows * 17 * 8
+
+
+def test_ledger_equals_the_tensors():
+    total = Ledger()
+    kv = make(policy(), ledger=total)
+    run(kv, *inputs(70))
+    tensors = (kv.store.pos, kv.store.state, kv.store.cu_seqlens_k, kv.store.seqused_k,
+               kv.q_window, kv.lse_window)  # fmt: skip
+    assert total.kv == kv.ledger.kv == kv.store.k.nbytes + kv.store.v.nbytes
+    assert total.memory == sum(t.untyped_storage().nbytes() for t in tensors)
+    # An update holds the old and the new store at once.
+    assert total.peak_kv >= 2 * H * B * N_UP * (D + DV) * 8
+    assert total.peak <= total.peak_kv + total.peak_memory
+    kv.release()
+    assert (total.kv, total.memory) == (0, 0)
+
+
+def test_a_ledger_of_layers_knows_the_common_peak():
+    total = Ledger()
+    a, b = Ledger(total), Ledger(total)
+    a.add(10, 0)
+    b.add(10, 0)
+    a.add(10, 1)
+    a.add(-10, -1)
+    b.add(10, 1)
+    assert (total.peak_kv, total.peak_memory, total.peak, total.kv) == (30, 1, 31, 30)
+    assert (a.peak_kv, b.peak_kv) == (20, 20)  # 40 together, but never at once
+
+
+@pytest.mark.parametrize("make_policy", [policy, lambda: H2O(7, N_UP), lambda: KNorm(7, N_UP)],
+                         ids=["NAMM", "H2O", "KNorm"])  # fmt: skip
+def test_free_room_and_unused_window_are_never_read(make_policy):
+    q, k, v = inputs(70)
+    clean, dirty = make(make_policy()), make(make_policy())
+    want = run(clean, q, k, v)
+    planner, out = Planner(N_UP), []
+    for a, b in ((0, 10), (10, 11), (11, 40), (40, 70)):
+        starts = dirty.store.cu_seqlens_k.tolist()
+        for s, n in enumerate(dirty.lengths):
+            room = slice(starts[s] + n, starts[s + 1])
+            for name in ("k", "v", "state"):
+                getattr(dirty.store, name)[room] = torch.nan
+            dirty.store.pos[room] = 10**9
+        if dirty.q_window.shape[2]:
+            since = CARRY + dirty.seen[0] % N_UP
+            dirty.q_window[:, :, since:] = torch.nan
+            dirty.lse_window[:, :, since:] = torch.nan
+        pieces = planner(dirty.seen, b - a, None, CPU)
+        out.append(dirty.forward(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], pieces))
+    torch.testing.assert_close(torch.cat(out, 1), want)
+    same(clean, dirty)
+
+
+def test_no_window_for_policies_that_need_none():
+    kv = make(StreamingLLM(8, N_UP))
+    run(kv, *inputs(40))
+    assert kv.q_window.numel() == kv.lse_window.numel() == 0
+    assert kv.store.state.shape[1] == 0
+
+
+def test_window_holds_the_last_queries():
+    kv = make(policy())
+    q, k, v = inputs(37)
+    run(kv, q, k, v, cuts=(5, 20))
+    torch.testing.assert_close(kv.q_window[:, :, : CARRY + 5], q[:, :, 32 - CARRY :])
+    assert torch.isfinite(kv.lse_window).all()
+
+
+def test_short_periods():
+    """n_up below the 16 carried queries: the carried rows come from more than one period."""
+    kv = make(H2O(9, n_up=3))
+    q, k, v = inputs(40)
+    run(kv, q, k, v)
+    torch.testing.assert_close(kv.q_window[:, :, : CARRY + 1], q[:, :, 40 - CARRY - 1 :])
+    other = make(H2O(9, n_up=3))
+    run(other, q, k, v, cuts=range(1, 40))
+    same(kv, other)
+
+
+# Failures -----------------------------------------------------------------------------------------
+
+
+class Failing(Policy):
+    """Fails once at the wanted update, in ``update`` or in ``select``."""
+
+    def __init__(self, inner, at, where):
+        self.inner, self.left, self.where = inner, at, where
+        self.n_up, self.num_state = inner.n_up, inner.num_state
+
+    def _maybe_fail(self, where):
+        if where == self.where:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError("none left")
+
+    def update(self, ctx):
+        self._maybe_fail("update")
+        return self.inner.update(ctx)
+
+    def select(self, scores, ctx):
+        self._maybe_fail("select")
+        return self.inner.select(scores, ctx)
+
+
+@pytest.mark.parametrize("where", ["update", "select"])
+def test_a_failing_update_leaves_the_store_and_is_made_up_for(where):
+    q, k, v = inputs(70)
+    good, bad = make(policy()), make(Failing(policy(), 2, where))
+    want = run(good, q, k, v)
+    run(bad, q[:, :, :31], k[:, :, :31], v[:, :, :31])
+    store, held = bad.store, copy.deepcopy(bad.store)
+    with pytest.raises(MemoryError):
+        run(bad, q[:, :, 31:32], k[:, :, 31:32], v[:, :, 31:32])
+    assert bad.store is store
+    assert bad.lengths == tuple(n + N_UP for n in store.kept) == tuple(store.seqused_k.tolist())
+    for a, b in zip(live(bad, "state"), store.cu_seqlens_k.tolist(), strict=False):
+        torch.testing.assert_close(a[:-1], held.state[b : b + a.shape[0] - 1])
+    got = run(bad, q[:, :, 32:], k[:, :, 32:], v[:, :, 32:])
+    torch.testing.assert_close(got, want[:, 32:])
+    same(good, bad)
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2, 0, 1], [1]], ids=str)
+def test_select_rows(rows):
+    q, k, v = inputs(70)
+    kv = make(policy())
+    run(kv, q[:, :, :40], k[:, :, :40], v[:, :, :40])
+    kv.select_rows(rows)
+    assert kv.batch_size == len(rows)
+    fresh = make(policy(), batch_size=len(rows))
+    want = run(fresh, q[rows], k[rows], v[rows])
+    assert kv.ledger.kv == kv.store.k.nbytes + kv.store.v.nbytes
+    q, k, v = q[rows], k[rows], v[rows]
+    got = run(kv, q[:, :, 40:], k[:, :, 40:], v[:, :, 40:])
+    torch.testing.assert_close(got, want[:, 40:])
+    same(kv, fresh)
+
+
+def test_select_rows_behind_a_failed_update():
+    q, k, v = inputs(32)
+    kv, fresh = make(Failing(policy(), 2, "update")), make(policy(), batch_size=2)
+    with pytest.raises(MemoryError):
+        run(kv, q, k, v)
+    kv.select_rows([2, 0])
+    q, k, v = inputs(5, seed=3, batch_size=2)
+    run(kv, q, k, v)
+    q2, k2, v2 = inputs(32)
+    run(fresh, q2[[2, 0]], k2[[2, 0]], v2[[2, 0]])
+    run(fresh, q, k, v)
+    same(kv, fresh)
+
+
+# Undo ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [1, 6, 7, 20, 38, 60])
+def test_crop_with_recorded_past(removed):
+    q, k, v = inputs(70)
+    kv, fresh = make(policy()), make(policy())
+    kv.recording = True
+    run(kv, q, k, v)
+    kv.crop([removed] * B)
+    kv.forget_past()
+    kv.recording = False
+    n = 70 - removed
+    run(fresh, q[:, :, :n], k[:, :, :n], v[:, :, :n])
+    same(kv, fresh)
+    assert kv.num_updates == fresh.num_updates
+    assert (kv.ledger.kv, kv.ledger.memory) == (fresh.ledger.kv, fresh.ledger.memory)
+    run(kv, q[:, :, n:], k[:, :, n:], v[:, :, n:])
+    run(fresh, q[:, :, n:], k[:, :, n:], v[:, :, n:])
+    same(kv, fresh)
+
+
+def test_the_recorded_past_is_bounded():
+    kv = make(policy())
+    kv.recording = True
+    run(kv, *inputs(400))
+    assert kv.num_updates == 25
+    assert kv.ledger.kv < 12 * kv.store.kv_bytes
+    with pytest.raises(RuntimeError, match="cannot undo the memory update"):
+        kv.crop([300] * B)
+    kv.crop([128] * B)
+    assert kv.seen == (272,) * B
+
+
+def test_crop_refuses_what_it_cannot_do():
+    q, k, v = inputs(40)
+    kv = make(policy())
+    run(kv, q, k, v)
+    before = copy.deepcopy(kv.store.seqused_k)
+    with pytest.raises(RuntimeError, match=r"crop: cannot undo the memory update of layer 0 "
+                       r"that dropped tokens, asked to remove 9 tokens"):  # fmt: skip
+        kv.crop([0, 9, 0])
+    assert torch.equal(kv.store.seqused_k, before)
+    assert kv.seen == (40,) * B
+    kv.crop([8, 3, 0])  # rows by themselves
+    assert kv.seen == (32, 37, 40)
+    assert kv.store.seqused_k.tolist() == list(kv.lengths)
