@@ -192,7 +192,7 @@ def test_fingerprints_tell_policies_apart():
          "H2O: budget must be 'per_head' or 'per_layer', got 'global'"),
         (lambda: StreamingLLM(3),
          r"StreamingLLM: sink_tokens \+ recent_tokens must be at most cache_size = 3, got 4 \+ 0"),
-        (lambda: SnapKV(100, 16, window=33), r"SnapKV: window must be in \[1, 16 \+ n_up\], got 33"),
+        (lambda: SnapKV(99, 16, window=33), r"SnapKV: window must be in \[1, 16 \+ n_up\], got 33"),
         (lambda: SnapKV(100, kernel_size=4), "SnapKV: kernel_size must be odd and positive, got 4"),
         (lambda: TOVA(8, budget="per_layer", heads="layer"),
          "TOVA: heads must be 'head', or 'layer' with budget 'per_head', got 'layer' with"),

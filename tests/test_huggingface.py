@@ -69,7 +69,7 @@ def test_never_evict_equals_stock_in_bfloat16():
     got = feed(model, NAMMCache(model, NeverEvict(n_up=16)), ids, cuts=(40,))
     assert got.dtype == torch.bfloat16
     ours, theirs = (got.double() - want).norm(), (stock.double() - want).norm()
-    assert ours <= 1.5 * theirs
+    assert ours <= 2 * theirs
 
 
 def test_hybrid_keeps_stock_sliding_layers():
@@ -209,6 +209,7 @@ def test_population_rows_use_their_own_parameters():
         want = feed(model, alone, ids[:1])
         torch.testing.assert_close(got[row : row + 1], want, atol=1e-9, rtol=1e-9)
         assert positions(cache.layers[1], row) == positions(alone.layers[1])
+        assert cache.kept_fraction_per_row()[row] == alone.kept_fraction_per_row()
         differ |= positions(cache.layers[1], row) != positions(cache.layers[1], 0)
     assert differ
 
@@ -238,4 +239,4 @@ def test_autocast_and_inference_mode():
         cache = NAMMCache(model, NeverEvict(n_up=16))
         got = model(ids, past_key_values=cache).logits
     assert cache.layers[0].kv.store.k.dtype == torch.bfloat16
-    assert (got - exact).norm() <= 1.5 * (stock - exact).norm()
+    assert (got - exact).norm() <= 2 * (stock - exact).norm()

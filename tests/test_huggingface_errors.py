@@ -123,9 +123,12 @@ def test_not_a_model_or_not_a_policy(model):
 def test_wrong_attention_implementation(model):
     cache = NAMMCache(model, POLICY)
     remove(model)
-    with torch.no_grad(), error(
-        "NAMMCache: the model's attn_implementation must be 'namm', got 'sdpa'; use "
-        "namm_ext.apply(model, policy)"
+    with (
+        torch.no_grad(),
+        error(
+            "NAMMCache: the model's attn_implementation must be 'namm', got 'sdpa'; use "
+            "namm_ext.apply(model, policy)"
+        ),
     ):
         model(tokens(1, 5), past_key_values=cache)
 
@@ -185,9 +188,12 @@ def test_training_and_gradients(model):
                "torch.no_grad()"):  # fmt: skip
         model(tokens(1, 5), past_key_values=cache)
     model.train()
-    with torch.no_grad(), error(
-        "namm: the model must be in evaluation mode without dropout (model.eval()), got "
-        "training=True, dropout=0.0"
+    with (
+        torch.no_grad(),
+        error(
+            "namm: the model must be in evaluation mode without dropout (model.eval()), got "
+            "training=True, dropout=0.0"
+        ),
     ):
         model(tokens(1, 5), past_key_values=NAMMCache(model, POLICY))
 
@@ -195,9 +201,12 @@ def test_training_and_gradients(model):
 def test_4d_and_bidirectional_masks(model):
     ids = tokens(1, 5)
     mask = torch.zeros(1, 1, 5, 5)
-    with torch.no_grad(), error(
-        "namm: attention_mask must be a 2-D padding mask; 4-D and bidirectional masks are not "
-        "supported, got shape [1, 1, 5, 5]"
+    with (
+        torch.no_grad(),
+        error(
+            "namm: attention_mask must be a 2-D padding mask; 4-D and bidirectional masks are not "
+            "supported, got shape [1, 1, 5, 5]"
+        ),
     ):
         model(ids, attention_mask=mask, past_key_values=NAMMCache(model, POLICY))
 
@@ -209,7 +218,9 @@ def test_masks_of_the_wrong_kind(model):
     def call(cache, mask, ids=ids):
         model(ids, attention_mask=torch.tensor(mask), past_key_values=cache)
 
-    with error("namm: attention_mask must have its ones side by side in each call, row 1 has holes"):
+    with error(
+        "namm: attention_mask must have its ones side by side in each call, row 1 has holes"
+    ):
         call(NAMMCache(model, POLICY), [[1] * 6, [0, 1, 0, 1, 1, 1]])
     cache = NAMMCache(model, POLICY)
     call(cache, [[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -228,7 +239,9 @@ def test_masks_of_the_wrong_kind(model):
     call(cache, [[1] * 6, [0, 0, 1, 1, 1, 1]])
     with error(changed + "; they were padded, now there is no mask"):
         model(ids[:, :1], past_key_values=cache)
-    with error("namm: attention_mask must be [batch, tokens seen + new tokens] = [2, 6], got [2, 9]"):
+    with error(
+        "namm: attention_mask must be [batch, tokens seen + new tokens] = [2, 6], got [2, 9]"
+    ):
         call(NAMMCache(model, POLICY), [[1] * 9, [1] * 9])
 
 
@@ -248,8 +261,8 @@ def test_batches_that_change(model):
 
 def test_generate_without_a_cache_is_refused(model):
     with patch(model, POLICY):
-        for kwargs in ({"use_cache": False},
-                       {"generation_config": transformers.GenerationConfig(use_cache=False)}):  # fmt: skip
+        config = transformers.GenerationConfig(use_cache=False)
+        for kwargs in ({"use_cache": False}, {"generation_config": config}):
             with error("patch: use_cache must be True for a model with a memory"):
                 model.generate(tokens(1, 5), max_new_tokens=2, **kwargs)
         with pytest.raises(ValueError, match="cache_implementation"):

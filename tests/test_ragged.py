@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def run(kv, q, k, v, cuts=(), planner=None):
     planner = planner or Planner(kv.n_up)
     ends = (0, *cuts, q.shape[2])
     out = []
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in pairwise(ends):
         pieces = planner(kv.seen, b - a, None, CPU)
         out.append(kv.forward(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], pieces))
     return torch.cat(out, dim=1)
@@ -68,10 +69,10 @@ def policy():
 def test_planner_cuts_at_updates():
     pieces = Planner(16)((5, 5), 40, None, CPU)
     assert [(p.columns.start, p.columns.stop) for p in pieces] == [(0, 11), (11, 27), (27, 40)]
-    assert [p.due for p in pieces] == [(True, True), (True, True), None]
+    assert [p.due and p.due.rows for p in pieces] == [(True, True), (True, True), None]
     assert [p.slot for p in pieces] == [16 + 5, 16, 16]
-    assert pieces[0].pos_q.tolist() == [-16, -16]
-    assert pieces[1].pos_q.tolist() == [0, 0]
+    assert pieces[0].due.pos_q.tolist() == [-16, -16]
+    assert pieces[1].due.pos_q.tolist() == [0, 0]
     assert pieces[-1].seen == (45, 45)
 
 
@@ -80,8 +81,8 @@ def test_planner_lets_rows_update_apart():
     assert [(p.first.tolist(), p.num_new.tolist()) for p in pieces] == [
         ([0, 3], [1, 16]), ([1, 19], [16, 1]), ([17, 20], [3, 0]),
     ]  # fmt: skip
-    assert [p.due for p in pieces] == [(True, True), (True, False), None]
-    assert pieces[1].pos_q.tolist() == [0, 0]  # row 1 stands 1 token behind its update
+    assert [p.due and p.due.rows for p in pieces] == [(True, True), (True, False), None]
+    assert pieces[1].due.pos_q.tolist() == [0, 0]  # row 1 stands 1 token behind its update
     assert pieces[0].columns is None
     assert pieces[0].slot is None
     rows, cols, slots = pieces[0].scatter

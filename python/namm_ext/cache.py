@@ -82,9 +82,7 @@ class _Session:
             old = mask[:, :padded]
             changed = not (bool(old.all()) if past is None else torch.equal(old, past))
         if changed:
-            raise ValueError(
-                "namm: attention_mask must not change for tokens already in the cache"
-            )
+            raise ValueError("namm: attention_mask must not change for tokens already in the cache")
         new = mask[:, padded:]
         if not bool(new.all()):
             counts = new.sum(dim=1)
@@ -310,7 +308,7 @@ class NAMMCache(Cache):
                     f"NAMMCache: param_index must be 1-D, got shape {list(param_index.shape)}"
                 )
         session = _Session(config, policy, param_index, types.index("full_attention"))
-        layers = [
+        layers: list[Any] = [
             NAMMLayer(session, i)
             if kind == "full_attention"
             else DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
@@ -328,6 +326,11 @@ class NAMMCache(Cache):
     def memory_layers(self) -> list[NAMMLayer]:
         """The layers with a memory, in order."""
         return [layer for layer in self.layers if isinstance(layer, NAMMLayer)]
+
+    @property
+    def sliding_layers(self) -> list[DynamicSlidingWindowLayer]:
+        """transformers' own layers of a hybrid, in order."""
+        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         """-1: no limit (name before transformers 5.16)."""
@@ -374,32 +377,28 @@ class NAMMCache(Cache):
             layer.kv.forget_past()
             layer.padded = target
             layer.pending = False
-        for layer in self.layers:
-            if not isinstance(layer, NAMMLayer):
-                layer.crop(-removed)
+        for sliding in self.sliding_layers:
+            sliding.crop(-removed)
         self.session.padded = target
         self.session.crop_mask(target)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Row i becomes a copy of row ``beam_idx[i]``."""
         self._select_rows(beam_idx)
-        for layer in self.layers:
-            if not isinstance(layer, NAMMLayer):
-                layer.reorder_cache(beam_idx)
+        for layer in self.sliding_layers:
+            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times in a row."""
         self._select_rows(torch.arange(self._batch_size()).repeat_interleave(repeats))
-        for layer in self.layers:
-            if not isinstance(layer, NAMMLayer):
-                layer.batch_repeat_interleave(repeats)
+        for layer in self.sliding_layers:
+            layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         self._select_rows(torch.arange(self._batch_size())[indices.cpu()])
-        for layer in self.layers:
-            if not isinstance(layer, NAMMLayer):
-                layer.batch_select_indices(indices)
+        for layer in self.sliding_layers:
+            layer.batch_select_indices(indices)
 
     def _batch_size(self) -> int:
         kv = self.memory_layers[0].kv
@@ -428,23 +427,35 @@ class NAMMCache(Cache):
         new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         return new
 
+    def kept_fraction_per_row(self) -> Tensor:
+        """``[B]`` tokens kept by the last update / tokens seen, over layers and heads of a row.
+
+        From the host's books: no device synchronisation.
+        """
+        reports = [
+            LayerReport.of(layer.kv, layer.layer_idx, layer.padded)
+            for layer in self.memory_layers
+            if layer.kv is not None
+        ]
+        kept = torch.tensor([[sum(row) for row in r.kept] for r in reports]).sum(dim=0)
+        seen = torch.tensor([[n * len(r.kept[0]) for n in r.seen] for r in reports]).sum(dim=0)
+        return kept / seen.clamp(min=1)
+
     def report(self) -> Report:
         """What the memory holds now, measured on the live tensors.
 
         ``print`` shows a table; ``to_dict`` gives the numbers.
         """
         layers = []
-        full = sliding = sliding_full = 0
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, NAMMLayer):
-                if layer.kv is not None:
-                    layers.append(LayerReport.of(layer.kv, i, layer.padded))
-            elif layer.keys is not None:
-                sliding += layer.keys.nbytes + layer.values.nbytes
-                per_column = (layer.keys.nbytes + layer.values.nbytes) // max(
-                    layer.keys.shape[-2], 1
-                )
-                sliding_full += per_column * layer.get_seq_length()
+        sliding = sliding_full = 0
+        for layer in self.layers:
+            if isinstance(layer, NAMMLayer) and layer.kv is not None:
+                layers.append(LayerReport.of(layer.kv, layer.layer_idx, layer.padded))
+            elif isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
+                assert layer.values is not None
+                held = layer.keys.nbytes + layer.values.nbytes
+                sliding += held
+                sliding_full += held // max(layer.keys.shape[-2], 1) * layer.get_seq_length()
         full = sum(layer.full_bytes for layer in layers) + sliding_full
         return Report(
             policy=type(self.policy).__name__,
@@ -496,9 +507,10 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     if getattr(config, "is_causal", True) is False:
         raise ValueError(f"NAMMCache: attention must be causal, got {name!r}")
     num_layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or [
-        "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-    ] * num_layers
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        types = ["sliding_attention" if sliding else "full_attention"] * num_layers
     types = list(types)[:num_layers]
     for i, kind in enumerate(types):
         if kind not in ("full_attention", "sliding_attention"):

@@ -73,8 +73,8 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
     if undo.memory is not None:
         _unwrap(model, undo)
     memory = undo.memory = Memory(policy)
-    undo.had_generate = model.__dict__.get("generate")
-    generate = model.generate
+    undo.had_generate = vars(model).get("generate")
+    generate: Any = model.generate
 
     def generate_with_memory(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None:
@@ -86,7 +86,7 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
             memory.cache = kwargs["past_key_values"]
         return generate(*args, **kwargs)
 
-    model.generate = generate_with_memory  # type: ignore[method-assign]
+    vars(model)["generate"] = generate_with_memory
     return memory
 
 
@@ -152,9 +152,9 @@ def use_namm_attention(model: PreTrainedModel) -> _Undo:
 def _unwrap(model: PreTrainedModel, undo: _Undo) -> None:
     undo.memory = None
     if undo.had_generate is None:
-        del model.generate
+        del vars(model)["generate"]
     else:
-        model.generate = undo.had_generate
+        vars(model)["generate"] = undo.had_generate
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -18,9 +18,9 @@ layers of a model ask the same question, so it remembers its last answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ if TYPE_CHECKING:
 CARRY = 16
 #: A draft of up to this many tokens can be undone while ``recording``.
 ROLLBACK_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """The update behind a piece."""
+
+    rows: tuple[bool, ...]  # which rows of the batch it is for
+    active: Tensor  # the same as [B] bool
+    pos_q: Tensor  # [B] int32 position of window row 0
+    seen: Tensor  # [B] int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +65,7 @@ class Piece:
     scatter: tuple[Tensor, Tensor, Tensor] | None
     width: int
     seen: tuple[int, ...]
-    due: tuple[bool, ...] | None  # rows that update after this piece, None for none
-    active: Tensor | None  # the same as a tensor
-    pos_q: Tensor | None  # position of window row 0 at that update
-    seen_tensor: Tensor | None
+    due: Due | None
 
 
 class Planner:
@@ -112,10 +119,6 @@ class Planner:
             same_columns = len(set(first)) == len(set(num_new)) == 1
             columns = slice(first[0], first[0] + num_new[0]) if same_columns else None
             slot = slots[0] if same_columns and len(set(slots)) == 1 else None
-            due = tuple(n > 0 and s % n_up == 0 for s, n in zip(after, num_new, strict=True))
-            pos_q = tuple(
-                s - CARRY - (n_up if d else s % n_up) for s, d in zip(after, due, strict=True)
-            )
             yield Piece(
                 first=self._tensor((0,) * len(seen) if same_columns else tuple(first), device),
                 num_new=self._tensor(tuple(num_new), device),
@@ -125,14 +128,22 @@ class Planner:
                 scatter=None if slot is not None else _scatter(first, num_new, slots, device),
                 width=num_new[0] if same_columns else num_cols,
                 seen=after,
-                due=due if any(due) else None,
-                active=torch.tensor(due, device=device) if any(due) else None,
-                pos_q=self._tensor(pos_q, device) if any(due) else None,
-                seen_tensor=self._tensor(after, device) if any(due) else None,
+                due=self._due(after, num_new, device),
             )
             first = [f + n for f, n in zip(first, num_new, strict=True)]
             left = [n - m for n, m in zip(left, num_new, strict=True)]
             seen = after
+
+    def _due(self, seen: tuple[int, ...], num_new: list[int], device: torch.device) -> Due | None:
+        rows = tuple(n > 0 and s % self.n_up == 0 for s, n in zip(seen, num_new, strict=True))
+        if not any(rows):
+            return None
+        pos_q = tuple(
+            s - CARRY - (self.n_up if due else s % self.n_up)
+            for s, due in zip(seen, rows, strict=True)
+        )
+        active = torch.tensor(rows, device=device)
+        return Due(rows, active, self._tensor(pos_q, device), self._tensor(seen, device))
 
     @staticmethod
     def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -156,7 +167,9 @@ class Planner:
 def _scatter(
     first: list[int], num_new: list[int], slots: list[int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols, window_rows = [], [], []
+    rows: list[int] = []
+    cols: list[int] = []
+    window_rows: list[int] = []
     for b, (f, n, slot) in enumerate(zip(first, num_new, slots, strict=True)):
         rows += [b] * n
         cols += range(f, f + n)
@@ -216,7 +229,11 @@ class _Snapshot:
     q_window: Tensor
     lse_window: Tensor
     seen: tuple[int, ...]
-    due: tuple[bool, ...]
+    rows: tuple[bool, ...]  # which updated
+
+    def is_behind(self, target: tuple[int, ...]) -> bool:
+        """Whether this update came after the point where the rows had seen ``target`` tokens."""
+        return any(d and t < s for d, t, s in zip(self.rows, target, self.seen, strict=True))
 
 
 class RaggedKV:
@@ -274,12 +291,12 @@ class RaggedKV:
         self.recording = False
         self.ledger = Ledger(ledger)
         self._snapshots: list[_Snapshot] = []
-        self._overdue: Piece | None = None
+        self._overdue: Due | None = None  # an update that failed or has yet to run
 
         num_segments = batch_size * num_kv_heads
         capacity = num_segments * self.n_up
         real = torch.float64 if dtype == torch.float64 else torch.float32
-        int32 = {"dtype": torch.int32, "device": device}
+        int32: Any = {"dtype": torch.int32, "device": device}
         self.store = Store(
             k=torch.empty(capacity, head_dim, dtype=dtype, device=device),
             v=torch.empty(capacity, head_dim_v, dtype=dtype, device=device),
@@ -302,15 +319,11 @@ class RaggedKV:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Live rows of every segment, from the host's own books."""
-        since = [self.n_up if self._is_overdue(b) else s % self.n_up for b, s in self._rows]
+        overdue = (False,) * self.batch_size if self._overdue is None else self._overdue.rows
+        since = [
+            self.n_up if due else s % self.n_up for s, due in zip(self.seen, overdue, strict=True)
+        ]
         return tuple(n + since[s // self.num_kv_heads] for s, n in enumerate(self.store.kept))
-
-    @property
-    def _rows(self) -> Iterator[tuple[int, int]]:
-        return enumerate(self.seen)
-
-    def _is_overdue(self, b: int) -> bool:
-        return self._overdue is not None and self._overdue.due is not None and self._overdue.due[b]
 
     @property
     def _window_bytes(self) -> int:
@@ -338,7 +351,7 @@ class RaggedKV:
             self.append(k, v, piece)
             self.attend(q, out, piece)
             if piece.due is not None:
-                self.update(piece)
+                self.update(piece.due)
         return out
 
     def append(self, k: Tensor, v: Tensor, piece: Piece) -> None:
@@ -351,8 +364,7 @@ class RaggedKV:
             k, v, piece.first, piece.num_new, piece.pos_first,
         )  # fmt: skip
         self.seen = piece.seen
-        if piece.due is not None:
-            self._overdue = piece
+        self._overdue = piece.due
 
     def attend(self, q: Tensor, out: Tensor, piece: Piece) -> None:
         """Attention of the piece's queries, into their columns of ``out``; fills the windows."""
@@ -360,9 +372,9 @@ class RaggedKV:
             q, out = q[:, :, piece.columns], out[:, piece.columns]
         windowed = self.q_window.shape[2] > 0
         if windowed and piece.slot is not None:
-            rows = slice(piece.slot, piece.slot + piece.width)
-            lse = self.lse_window[:, :, rows]
-            self.q_window[:, :, rows].copy_(q)
+            end = piece.slot + piece.width
+            lse = self.lse_window[:, :, piece.slot : end]
+            self.q_window[:, :, piece.slot : end].copy_(q)
         else:
             lse = self.lse_window.new_empty(q.shape[:3])
         s = self.store
@@ -377,15 +389,13 @@ class RaggedKV:
             self.q_window[rows, :, slots] = q[rows, :, cols]
             self.lse_window[rows, :, slots] = lse[rows, :, cols]
 
-    def update(self, piece: Piece) -> None:
+    def update(self, due: Due) -> None:
         """Let the policy decide for the rows that are due, and build the new store.
 
         Raises:
             ValueError: if the policy's scores are NaN, naming layer, row and head. The store is
                 then as it was before the call, as with any other failure.
         """
-        assert piece.due is not None and piece.active is not None
-        assert piece.pos_q is not None and piece.seen_tensor is not None
         old = self.store
         context = UpdateContext(
             q_window=self.q_window,
@@ -396,19 +406,20 @@ class RaggedKV:
             state=old.state,
             cu_seqlens_k=old.cu_seqlens_k,
             seqused_k=old.seqused_k,
-            pos_q=piece.pos_q,
-            active=piece.active,
+            pos_q=due.pos_q,
+            active=due.active,
             softmax_scale=self.softmax_scale,
             layer_idx=self.layer_idx,
             num_kv_heads=self.num_kv_heads,
             param_index=self.param_index,
-            seen=piece.seen_tensor,
+            seen=due.seen,
         )
         scores, state = self.policy.update(context)
         keep, num_kept = self.policy.select(scores, context)
         counts = check_num_kept(num_kept, context)  # the one wait of an update
-        due = [piece.due[s // self.num_kv_heads] for s in range(len(counts))]
-        kept = tuple(n if d else o for n, d, o in zip(counts, due, old.kept, strict=True))
+        kept = tuple(
+            n if due.rows[s // self.num_kv_heads] else old.kept[s] for s, n in enumerate(counts)
+        )
         slots = tuple(n + self.n_up for n in kept)
         ends = [0, *accumulate(slots)]
         cu_seqlens_k = torch.tensor(ends, dtype=torch.int32, device=old.k.device)
@@ -420,16 +431,13 @@ class RaggedKV:
         transient = scores.nbytes + keep.nbytes + (0 if state is old.state else state.nbytes)
         self.ledger.add(new.kv_bytes, new.memory_bytes + transient)
         self.ledger.add(0, -transient)
-        self._commit(new, piece)
+        self._commit(new, due)
 
-    def _commit(self, new: Store, piece: Piece) -> None:
-        due = piece.due
-        assert due is not None
+    def _commit(self, new: Store, due: Due) -> None:
         q_window, lse_window = self.q_window, self.lse_window
         if self.recording:
-            self._snapshots.append(
-                _Snapshot(self.store, q_window, lse_window, self.seen, due)
-            )  # its bytes stay on the ledger
+            # The old store's bytes stay on the ledger.
+            self._snapshots.append(_Snapshot(self.store, q_window, lse_window, self.seen, due.rows))
             q_window, lse_window = q_window.clone(), lse_window.clone()
             self.ledger.add(0, q_window.nbytes + lse_window.nbytes)
             if len(self._snapshots) > 1 + ROLLBACK_TOKENS // self.n_up:
@@ -437,7 +445,7 @@ class RaggedKV:
         else:
             self.ledger.add(-self.store.kv_bytes, -self.store.memory_bytes)
         if q_window.shape[2]:
-            rows = slice(None) if all(due) else piece.active
+            rows = slice(None) if all(due.rows) else due.active
             for window in (q_window, lse_window):
                 tail = window[rows, :, self.n_up :]
                 # Rows overlap if n_up < CARRY.
@@ -466,19 +474,15 @@ class RaggedKV:
         target = tuple(s - n for s, n in zip(self.seen, removed, strict=True))
         depth = len(self._snapshots)
         undone: _Snapshot | None = None
-        while depth and any(
-            due and t < s
-            for due, t, s in zip(
-                self._snapshots[depth - 1].due, target, self._snapshots[depth - 1].seen, strict=True
-            )
-        ):
+        while depth and self._snapshots[depth - 1].is_behind(target):
             depth -= 1
             undone = self._snapshots[depth]
 
-        seen = self.seen if undone is None else undone.seen
-        due = (False,) * len(seen) if undone is None else undone.due
-        if undone is None and self._overdue is not None and self._overdue.due is not None:
-            due = self._overdue.due
+        if undone is not None:
+            seen, due = undone.seen, undone.rows
+        else:
+            seen = self.seen
+            due = (False,) * len(seen) if self._overdue is None else self._overdue.rows
         excess = [s - t for s, t in zip(seen, target, strict=True)]
         since = [self.n_up if d else s % self.n_up for s, d in zip(seen, due, strict=True)]
         if any(not 0 <= e <= n for e, n in zip(excess, since, strict=True)):
@@ -522,9 +526,7 @@ class RaggedKV:
             v=gather(old.v),
             pos=gather(old.pos),
             state=gather(old.state),
-            cu_seqlens_k=torch.tensor(
-                [0, *accumulate(slots)], dtype=torch.int32, device=device
-            ),
+            cu_seqlens_k=torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=device),
             seqused_k=old.seqused_k[index],
             slots=slots,
             kept=tuple(old.kept[s] for s in segments),
@@ -538,16 +540,11 @@ class RaggedKV:
         self.seen = tuple(self.seen[b] for b in rows)
         self.batch_size = len(rows)
         if self._overdue is not None:
-            piece = self._overdue
-            assert piece.due is not None and piece.active is not None
-            assert piece.pos_q is not None and piece.seen_tensor is not None
-            self._overdue = replace(
-                piece,
-                seen=self.seen,
-                due=tuple(piece.due[b] for b in rows),
-                active=piece.active[row_index],
-                pos_q=piece.pos_q[row_index],
-                seen_tensor=piece.seen_tensor[row_index],
+            self._overdue = Due(
+                tuple(self._overdue.rows[b] for b in rows),
+                self._overdue.active[row_index],
+                self._overdue.pos_q[row_index],
+                self._overdue.seen[row_index],
             )
 
     def release(self) -> None:

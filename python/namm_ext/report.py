@@ -46,9 +46,7 @@ class LayerReport:
         store = kv.store
         lengths = kv.lengths
         row_bytes = (store.k.shape[1] + store.v.shape[1]) * store.k.element_size()
-        kept = [
-            n if kv.seen[s // h] >= kv.n_up else lengths[s] for s, n in enumerate(store.kept)
-        ]
+        kept = [n if kv.seen[s // h] >= kv.n_up else lengths[s] for s, n in enumerate(store.kept)]
         memory_tensors = (
             store.pos, store.state, store.cu_seqlens_k, store.seqused_k,
             kv.q_window, kv.lse_window,
@@ -82,6 +80,13 @@ class LayerReport:
     def tokens_live(self) -> int:
         """Tokens held now, over rows and heads."""
         return sum(map(sum, self.live))
+
+
+_TOTALS = (
+    *("tokens_seen", "tokens_kept", "tokens_live", "kept_fraction", "live_fraction"),
+    *("kv_bytes_live", "kv_bytes", "memory_bytes", "total_bytes", "sliding_bytes", "full_bytes"),
+    *("kv_fraction", "total_fraction", "peak_kv_bytes", "peak_memory_bytes", "peak_bytes"),
+)
 
 
 def _by_row(values: Any, num_heads: int) -> tuple[tuple[int, ...], ...]:
@@ -162,15 +167,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers as plain data: ``policy``, ``layers`` and ``totals``."""
-        totals = {
-            name: getattr(self, name)
-            for name in (
-                "tokens_seen", "tokens_kept", "tokens_live", "kept_fraction", "live_fraction",
-                "kv_bytes_live", "kv_bytes", "memory_bytes", "total_bytes", "sliding_bytes",
-                "full_bytes", "kv_fraction", "total_fraction",
-                "peak_kv_bytes", "peak_memory_bytes", "peak_bytes",
-            )  # fmt: skip
-        }
+        totals = {name: getattr(self, name) for name in _TOTALS}
         return {
             "policy": self.policy,
             "fingerprint": self.fingerprint,
@@ -180,25 +177,18 @@ class Report:
 
     def __str__(self) -> str:
         """One line per layer; heads show the smallest and largest number of tokens kept."""
-        header = ("layer", "seen", "kept", "per head", "updates", "k+v", "memory", "peak", "full")
-        rows = [header]
+        rows = [["layer", "seen", "kept", "per head", "updates", "k+v", "memory", "peak", "full"]]
+
+        def add(x: Any, layer: str, heads: str, updates: str) -> None:
+            sizes = (x.kv_bytes, x.memory_bytes, x.peak_bytes, x.full_bytes)
+            counts = (str(x.tokens_seen), str(x.tokens_kept))
+            rows.append([layer, *counts, heads, updates, *map(_size, sizes)])
+
         for x in self.layers:
             heads = [n for row in x.kept for n in row]
-            rows.append(
-                (
-                    str(x.layer), str(x.tokens_seen), str(x.tokens_kept),
-                    f"{min(heads)}-{max(heads)}", str(x.num_updates), _size(x.kv_bytes),
-                    _size(x.memory_bytes), _size(x.peak_bytes), _size(x.full_bytes),
-                )  # fmt: skip
-            )
-        rows.append(
-            (
-                "all", str(self.tokens_seen), str(self.tokens_kept), f"{self.kept_fraction:.1%}",
-                "", _size(self.kv_bytes), _size(self.memory_bytes), _size(self.peak_bytes),
-                _size(self.full_bytes),
-            )  # fmt: skip
-        )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+            add(x, str(x.layer), f"{min(heads)}-{max(heads)}", str(x.num_updates))
+        add(self, "all", f"{self.kept_fraction:.1%}", "")
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in rows
