@@ -1,0 +1,245 @@
+"""Builds the CUDA kernels for the CPU and calls their launchers through ctypes.
+
+Every ``cuda/kernels/*.cu`` is compiled unchanged by g++ against ``cuda_emulation.h`` into one
+shared library, cached by a hash of the sources. The structs below mirror
+``cpp/include/namm_ext/params.h``; ``emulated.cpp`` reports their sizes and :func:`library`
+compares them. Inputs are copied into *guarded* memory that ends at an unmapped page, so a kernel
+that reads or writes past a tensor fails the test.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: (order of threads, order of blocks): forwards, backwards, random.
+ORDERS = [(0, 0), (1, 1), (17, 23)]
+
+P, I32, I64, F32, F64, BOOL = (
+    ctypes.c_void_p,
+    ctypes.c_int32,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_double,
+    ctypes.c_bool,
+)
+
+
+def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
+    flat = [(n, t) for names, t in fields for n in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": flat})
+
+
+Segments = _struct("Segments", ("cu_seqlens_k seqused_k", P), ("batch_size num_kv_heads", I32))
+AppendParams = _struct(
+    "AppendParams",
+    ("k v pos state seqused_k cu_seqlens_k k_new v_new first num_new pos_first", P),
+    ("k_new_strides v_new_strides", I64 * 3),
+    ("batch_size num_kv_heads head_dim head_dim_v num_state dtype", I32),
+)
+AttendParams = _struct(
+    "AttendParams",
+    ("seg", Segments),
+    ("q k v pos first num_new pos_first out lse", P),
+    ("q_strides out_strides lse_strides", I64 * 3),
+    ("num_groups head_dim head_dim_v num_cols", I32),
+    ("softmax_scale", F32),
+    ("dtype", I32),
+)
+Window = _struct(
+    "Window",
+    ("seg", Segments),
+    ("q lse k pos pos_q active", P),
+    ("q_strides", I64 * 3),
+    ("lse_strides", I64 * 2),
+    ("num_groups head_dim num_rows", I32),
+    ("softmax_scale", F32),
+    ("dtype", I32),
+)
+SpectrogramParams = _struct(
+    "SpectrogramParams", ("window", Window), ("state state_out", P), ("ema_coeff", F64)
+)
+ReceivedParams = _struct("ReceivedParams", ("window", Window), ("received", P), ("first_row", I32))
+ScoreParams = _struct(
+    "ScoreParams",
+    ("seg", Segments),
+    ("state pos params param_index mean var active scores", P),
+    ("num_params", I64),
+    ("num_candidates", I32),
+    ("log_transform", BOOL),
+    ("log_eps", F32),
+    ("hidden depth", I32),
+    ("bias residual_first", BOOL),
+)
+SelectParams = _struct(
+    "SelectParams",
+    ("seg", Segments),
+    ("scores pos active keep num_kept", P),
+    ("threshold", F32),
+    ("cache_size budget", I32),
+    ("fill protect_newest", BOOL),
+    ("sink_tokens recent_tokens", I32),
+)
+CompactParams = _struct(
+    "CompactParams",
+    ("seg", Segments),
+    ("cu_seqlens_new keep num_kept k v pos state k_out v_out pos_out state_out", P),
+    ("k_row_bytes v_row_bytes", I64),
+    ("num_state", I32),
+)
+STRUCTS = {
+    "append": AppendParams,
+    "attend": AttendParams,
+    "spectrogram": SpectrogramParams,
+    "attention_received": ReceivedParams,
+    "bam_scores": ScoreParams,
+    "mlp_scores": ScoreParams,
+    "select": SelectParams,
+    "compact": CompactParams,
+}
+
+
+def build(kernels: Path, defines: Sequence[str] = ()) -> Path:
+    """Compile ``kernels/*.cu`` and the driver for the CPU; returns the shared library."""
+    here = Path(__file__).parent
+    sources = [*sorted(kernels.glob("*.cu")), here / "emulated.cpp"]
+    headers = [*kernels.glob("*.cuh"), *kernels.glob("*.h"), here / "cuda_emulation.h"]
+    headers.append(ROOT / "cpp/include/namm_ext/params.h")
+    digest = hashlib.sha256(" ".join([*FLAGS, *defines]).encode())
+    for path in [*sources, *sorted(headers)]:
+        digest.update(path.name.encode() + path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "namm_ext_emulation"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / f"emulated_{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    include = [f"-I{p}" for p in (kernels, ROOT / "cpp/include", here)]
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+
+        def compile_one(source: Path) -> str:
+            out = f"{folder}/{source.stem}.o"
+            command = ["g++", "-x", "c++", *FLAGS, *defines, *include, "-c", str(source), "-o", out]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return out
+
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                objects = list(pool.map(compile_one, sources))
+            library_file = f"{folder}/emulated.so"
+            subprocess.run(
+                ["g++", "-shared", "-Wl,-z,defs", *objects, "-o", library_file],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{' '.join(error.cmd)}\n{error.stderr}") from None
+        os.replace(library_file, target)
+    return target
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Open a library made by :func:`build` and check that the structs agree."""
+    lib = ctypes.CDLL(str(path))
+    lib.emulated_workspace.restype = ctypes.c_size_t
+    lib.emulated_error.restype = ctypes.c_char_p
+    for name, struct in STRUCTS.items():
+        there = lib.emulated_sizeof(name.encode())
+        assert there == ctypes.sizeof(struct), f"{name}: {there} != {ctypes.sizeof(struct)} bytes"
+    return lib
+
+
+@lru_cache(maxsize=None)
+def library() -> ctypes.CDLL:
+    """The emulated kernels of this checkout."""
+    return load(build(ROOT / "cuda/kernels"))
+
+
+class EmulationError(RuntimeError):
+    """A kernel broke a rule: barrier, bounds, alignment, dead-lock."""
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def guarded(source: Tensor) -> Tensor:
+    """Copy of a contiguous tensor in memory that ends, up to alignment by 16, at a locked page."""
+    source = source.contiguous()
+    num_bytes = source.numel() * source.element_size()
+    padded = -(-num_bytes // 16) * 16
+    body = max(-(-padded // mmap.PAGESIZE), 1) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, body + mmap.PAGESIZE)
+    view = (ctypes.c_char * (body + mmap.PAGESIZE)).from_buffer(memory)
+    if _libc.mprotect(ctypes.addressof(view) + body, mmap.PAGESIZE, mmap.PROT_NONE) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    # The mapping must outlive the tensor; it is small and tests are short, so it stays for good.
+    _keep.append((memory, view))
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=body - padded)
+    tensor = flat.view(source.dtype).view(source.shape) if num_bytes else source.clone()
+    return tensor.copy_(source)
+
+
+_keep: list[object] = []
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address for a struct field; a dimension of size zero gives a null pointer."""
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def segments(cu_seqlens_k: Tensor, seqused_k: Tensor, batch_size: int) -> ctypes.Structure:
+    """The ``Segments`` struct; the tensors must stay alive."""
+    return Segments(
+        pointer(cu_seqlens_k), pointer(seqused_k), batch_size, seqused_k.numel() // batch_size
+    )
+
+
+def launch(
+    name: str,
+    params: ctypes.Structure,
+    capacity: int,
+    *,
+    simt: bool = False,
+    order: tuple[int, int] = (0, 0),
+    lib: ctypes.CDLL | None = None,
+) -> None:
+    """Run ``launch_<name>`` under the emulation.
+
+    Args:
+        params: the op's struct with addresses of CPU tensors.
+        capacity: rows of the store.
+        simt: force the plain float path.
+        order: of threads and blocks; 0 forwards, 1 backwards, otherwise a seed.
+
+    Raises:
+        EmulationError: if the emulation or the launcher reports a fault.
+    """
+    lib = lib or library()
+    size = lib.emulated_workspace(name.encode(), ctypes.byref(params), ctypes.c_int64(capacity))
+    workspace = guarded(torch.full((size,), 0xFF, dtype=torch.uint8))
+    status = lib.emulated_launch(
+        name.encode(),
+        ctypes.byref(params),
+        ctypes.c_int64(capacity),
+        ctypes.c_void_p(pointer(workspace)),
+        ctypes.c_int(simt),
+        ctypes.c_uint(order[0]),
+        ctypes.c_uint(order[1]),
+    )
+    if status != 0:
+        raise EmulationError(lib.emulated_error().decode())
