@@ -47,35 +47,33 @@ class _Session:
         self.planner = Planner(self.policy.n_up)
         self.padded = 0  # columns after the current call
         self.past_mask: Tensor | None = None  # [B, padded], None if there was no padding yet
-        self._call: tuple[Tensor, int, Spans | None] | None = None
+        self.spans: Spans | None = None  # real columns of the current call, None if all are
 
     def policy_on(self, device: torch.device) -> Policy:
         # ``to`` returns the policy itself where nothing has to move.
         return self.policy.to(device)
 
-    def spans(self, mask: Tensor | None, padded: int, batch_size: int, width: int) -> Spans | None:
-        """Real columns of each row in this call; None if all are. Checked once for all layers.
+    def read_mask(self, mask: Tensor | None, padded: int, batch_size: int, width: int) -> None:
+        """Take the real columns of each row from the mask of a call, once for all layers.
 
         Raises:
             ValueError: if the mask has another shape, changed for cached tokens, or has holes.
         """
+        self.spans = None
         if mask is None:
             if self.past_mask is not None:
                 raise ValueError(
                     "namm: attention_mask must not change for tokens already in the cache; they "
                     "were padded, now there is no mask"
                 )
-            return None
-        if self._call is not None and self._call[0] is mask and self._call[1] == padded:
-            return self._call[2]
+            return
         if mask.shape != (batch_size, padded + width):
             raise ValueError(
                 f"namm: attention_mask must be [batch, tokens seen + new tokens] = "
                 f"[{batch_size}, {padded + width}], got {list(mask.shape)}"
             )
-        mask = mask.bool() if mask.dtype != torch.bool else mask
+        mask = mask.bool()
         past = self.past_mask
-        spans: Spans | None = None
         if bool(mask.all()):
             changed = past is not None
         else:
@@ -95,20 +93,16 @@ class _Session:
                         f"namm: attention_mask must have its ones side by side in each call, row "
                         f"{b} has holes"
                     )
-            spans = tuple((f, n) for f, n, _ in rows)
-        if past is not None or spans is not None:
-            self.past_mask = mask
-        self._call = (mask, padded, spans)
-        return spans
+            self.spans = tuple((f, n) for f, n, _ in rows)
+        if past is not None or self.spans is not None:
+            self.past_mask = mask.clone()  # compiled graphs use their buffers again
 
     def crop_mask(self, padded: int) -> None:
-        self._call = None
         if self.past_mask is not None:
             past = self.past_mask[:, :padded]
             self.past_mask = None if bool(past.all()) else past
 
     def select_mask(self, rows: Tensor) -> None:
-        self._call = None
         if self.past_mask is not None:
             self.past_mask = self.past_mask[rows.to(self.past_mask.device)]
 
@@ -156,16 +150,6 @@ class NAMMLayer(CacheLayerMixin):
                 f"NAMMCache: layer {self.layer_idx} did not consume the tokens of the last call; "
                 "the model changes keys between cache and attention or the call was interrupted"
             )
-        if self.session.first != self.layer_idx and (
-            self.padded + key_states.shape[2] != self.session.padded
-        ):
-            raise ValueError(
-                f"NAMMCache: layer {self.layer_idx} has seen {self.padded} tokens where "
-                f"{self.session.padded - key_states.shape[2]} were expected; a forward pass was "
-                "interrupted, start again with cache.reset()"
-            )
-        if self.session.first == self.layer_idx and not torch.compiler.is_compiling():
-            self.session.padded = self.padded + key_states.shape[2]
         self.pending = True
         setattr(key_states, attention.TAG, self)
         return key_states, value_states
@@ -218,7 +202,11 @@ class NAMMLayer(CacheLayerMixin):
         self.pending = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Store the new tokens and attend, ``[B, L, Hq, Dv]``; updates happen in here."""
+        """Store the new tokens and attend, ``[B, L, Hq, Dv]``; updates happen in here.
+
+        Raises:
+            ValueError: if another layer has seen other tokens, or the batch changed its size.
+        """
         if self.kv is None:
             self.kv = self._make_store(q, k, v, scale)
         kv = self.kv
@@ -226,11 +214,20 @@ class NAMMLayer(CacheLayerMixin):
             raise ValueError(
                 f"NAMMCache: batch must have {kv.batch_size} rows as before, got {q.shape[0]}"
             )
+        after = self.padded + q.shape[2]
+        if self.session.first == self.layer_idx:
+            self.session.read_mask(mask, self.padded, q.shape[0], q.shape[2])
+            self.session.padded = after
+        elif self.session.padded != after:
+            raise ValueError(
+                f"NAMMCache: layer {self.layer_idx} has seen {self.padded} tokens where "
+                f"{self.session.padded - q.shape[2]} were expected; a forward pass was "
+                "interrupted, start again with cache.reset()"
+            )
         kv.recording = self.record_past
-        spans = self.session.spans(mask, self.padded, q.shape[0], q.shape[2])
-        pieces = self.session.planner(kv.seen, q.shape[2], spans, q.device)
+        pieces = self.session.planner(kv.seen, q.shape[2], self.session.spans, q.device)
         out = kv.forward(q, k, v, pieces)
-        self.padded += q.shape[2]
+        self.padded = after
         return out
 
     def _make_store(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> RaggedKV:
@@ -552,8 +549,6 @@ def layer_forward(
 ) -> Tensor:
     """``NAMMLayer.forward`` of the layer behind ``handle``, opaque to torch.compile."""
     layer = _LAYERS[int(handle)]
-    if layer.session.first == layer.layer_idx:
-        layer.session.padded = layer.padded + key.shape[2]
     return layer.forward(query, key, value, attention_mask, softmax_scale)
 
 
