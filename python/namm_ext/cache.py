@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from . import attention
+from . import attention, cache_files
 from .policy import Policy
 from .ragged import Ledger, Planner, RaggedKV
 from .report import LayerReport, Report
@@ -41,6 +42,7 @@ class _Session:
         self.param_index = param_index
         self.first = first  # the first layer with a memory: it sees every call before the others
         self.ledger = Ledger()
+        self.model: weakref.ref[nn.Module] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -139,12 +141,14 @@ class NAMMLayer(CacheLayerMixin):
             ValueError: if another attention implementation would get them, or if those of the
                 last call never arrived.
         """
-        implementation = self.session.config._attn_implementation
-        if implementation != attention.NAME:
-            raise ValueError(
-                f"NAMMCache: the model's attn_implementation must be {attention.NAME!r}, got "
-                f"{implementation!r}; use namm_ext.apply(model, policy)"
-            )
+        # One configuration for all layers, and reading it is slow.
+        if self.layer_idx == self.session.first:
+            implementation = self.session.config._attn_implementation
+            if implementation != attention.NAME:
+                raise ValueError(
+                    f"NAMMCache: the model's attn_implementation must be {attention.NAME!r}, got "
+                    f"{implementation!r}; use namm_ext.apply(model, policy)"
+                )
         if self.pending:
             raise ValueError(
                 f"NAMMCache: layer {self.layer_idx} did not consume the tokens of the last call; "
@@ -305,6 +309,8 @@ class NAMMCache(Cache):
                     f"NAMMCache: param_index must be 1-D, got shape {list(param_index.shape)}"
                 )
         session = _Session(config, policy, param_index, types.index("full_attention"))
+        if isinstance(model_or_config, nn.Module):
+            session.model = weakref.ref(model_or_config)
         layers: list[Any] = [
             NAMMLayer(session, i)
             if kind == "full_attention"
@@ -323,6 +329,13 @@ class NAMMCache(Cache):
     def memory_layers(self) -> list[NAMMLayer]:
         """The layers with a memory, in order."""
         return [layer for layer in self.layers if isinstance(layer, NAMMLayer)]
+
+    def memory_layer(self, layer_idx: int) -> NAMMLayer:
+        """The memory of a layer. Raises TypeError if it has none."""
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, NAMMLayer):
+            raise TypeError(f"NAMMCache: layer {layer_idx} has no memory, it is a sliding layer")
+        return layer
 
     @property
     def sliding_layers(self) -> list[DynamicSlidingWindowLayer]:
@@ -411,6 +424,28 @@ class NAMMCache(Cache):
         if self.session.param_index is not None:
             self.session.param_index = self.session.param_index[index.cpu()]
         self.session.select_mask(index)
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a safetensors file, to continue from it later.
+
+        It holds what the memory holds: kept tokens, state and windows, and fingerprints of policy
+        and model. The recorded past (``activate_past_recording``) is not saved.
+        """
+        cache_files.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy) -> NAMMCache:
+        """Read a memory that ``save`` wrote; generation continues as if it had not been away.
+
+        Args:
+            path: the file.
+            model: the model that filled it; switched to "namm" attention as by ``NAMMCache``.
+            policy: the policy that decided what it holds.
+
+        Raises:
+            ValueError: if the file is damaged or foreign, or of another policy or model.
+        """
+        return cache_files.load(path, model, policy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NAMMCache:
         # Config and policy are shared: the one is compared by identity, the other never changes.

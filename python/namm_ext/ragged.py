@@ -18,7 +18,7 @@ layers of a model ask the same question, so it remembers its last answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 CARRY = 16
 #: A draft of up to this many tokens can be undone while ``recording``.
 ROLLBACK_TOKENS = 128
+
+
+_PER_TOKEN = ("k", "v", "pos", "state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +131,20 @@ class Planner:
                 scatter=None if slot is not None else _scatter(first, num_new, slots, device),
                 width=num_new[0] if same_columns else num_cols,
                 seen=after,
-                due=self._due(after, num_new, device),
+                due=self.due(
+                    after,
+                    tuple(n > 0 and s % n_up == 0 for s, n in zip(after, num_new, strict=True)),
+                    device,
+                ),
             )
             first = [f + n for f, n in zip(first, num_new, strict=True)]
             left = [n - m for n, m in zip(left, num_new, strict=True)]
             seen = after
 
-    def _due(self, seen: tuple[int, ...], num_new: list[int], device: torch.device) -> Due | None:
-        rows = tuple(n > 0 and s % self.n_up == 0 for s, n in zip(seen, num_new, strict=True))
+    def due(
+        self, seen: tuple[int, ...], rows: tuple[bool, ...], device: torch.device
+    ) -> Due | None:
+        """The update of ``rows`` after ``seen`` tokens; None if there are no such rows."""
         if not any(rows):
             return None
         pos_q = tuple(
@@ -198,6 +207,10 @@ class Ledger:
         self.peak = max(self.peak, self.kv + self.memory)
         if self.parent is not None:
             self.parent.add(kv, memory)
+
+    def replace(self, old: tuple[int, int], new: tuple[int, int]) -> None:
+        """Account for ``(kv, memory)`` bytes that replaced others which are gone already."""
+        self.add(new[0] - old[0], new[1] - old[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -546,6 +559,82 @@ class RaggedKV:
                 self._overdue.pos_q[row_index],
                 self._overdue.seen[row_index],
             )
+
+    # Files ---------------------------------------------------------------------------------------
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything needed to go on later: live rows only, sizes as tensors."""
+        store = self.store
+        starts = store.cu_seqlens_k.tolist()
+        rows = [slice(a, a + n) for a, n in zip(starts, self.lengths, strict=False)]
+        overdue = (False,) * self.batch_size if self._overdue is None else self._overdue.rows
+        return {
+            **{name: torch.cat([getattr(store, name)[r] for r in rows]) for name in _PER_TOKEN},
+            "q_window": self.q_window,
+            "lse_window": self.lse_window,
+            "seen": torch.tensor(self.seen),
+            "kept": torch.tensor(store.kept),
+            "overdue": torch.tensor(overdue),
+            "softmax_scale": torch.tensor(self.softmax_scale, dtype=torch.float64),
+            "num_updates": torch.tensor(self.num_updates),
+        }
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: dict[str, Tensor],
+        policy: Policy,
+        *,
+        device: torch.device,
+        layer_idx: int,
+        param_index: Tensor | None,
+        ledger: Ledger,
+    ) -> RaggedKV:
+        """The store that ``to_tensors`` wrote; the policy must be the same."""
+        q_window, seen, kept = tensors["q_window"], tensors["seen"], tensors["kept"]
+        kv = cls(
+            policy,
+            batch_size=seen.numel(),
+            num_kv_heads=kept.numel() // seen.numel(),
+            num_heads=q_window.shape[1],
+            head_dim=tensors["k"].shape[1],
+            head_dim_v=tensors["v"].shape[1],
+            softmax_scale=float(tensors["softmax_scale"]),
+            dtype=tensors["k"].dtype,
+            device=device,
+            layer_idx=layer_idx,
+            param_index=param_index,
+            ledger=ledger,
+        )
+        kv.seen = tuple(seen.tolist())
+        kv.num_updates = int(tensors["num_updates"])
+        kv.store = replace(kv.store, kept=tuple(kept.tolist()))
+        overdue = tuple(tensors["overdue"].tolist())
+        if any(overdue):
+            kv._overdue = Planner(policy.n_up).due(kv.seen, overdue, device)
+        slots = tuple(n + kv.n_up for n in kv.store.kept)
+        ends = [0, *accumulate(slots)]
+        flat: dict[str, Tensor] = {}
+        for name in _PER_TOKEN:
+            source = tensors[name].to(device)
+            flat[name] = source.new_empty(ends[-1], *source.shape[1:])
+            for start, part in zip(ends, source.split(kv.lengths), strict=False):
+                flat[name][start : start + part.shape[0]] = part
+        int32: Any = {"dtype": torch.int32, "device": device}
+        old = kv._held()
+        kv.store = Store(
+            **flat,
+            cu_seqlens_k=torch.tensor(ends, **int32),
+            seqused_k=torch.tensor(kv.lengths, **int32),
+            slots=slots,
+            kept=kv.store.kept,
+        )
+        kv.q_window, kv.lse_window = q_window.to(device), tensors["lse_window"].to(device)
+        kv.ledger.replace(old, kv._held())
+        return kv
+
+    def _held(self) -> tuple[int, int]:
+        return self.store.kv_bytes, self.store.memory_bytes + self._window_bytes
 
     def release(self) -> None:
         """Take this layer's bytes off the books; the store must not be used afterwards."""
