@@ -5,12 +5,17 @@ Keep decisions are sign tests, so whatever is compared after evictions runs in f
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from hf_models import (
+    COMMON,
     FAMILIES,
+    VOCAB,
     build,
     evicting_policy,
     gemma3_config,
@@ -19,7 +24,7 @@ from hf_models import (
     positions,
     tokens,
 )
-from namm_ext import NAMM, NAMMCache, NAMMConfig, remove
+from namm_ext import NAMM, NAMMCache, NAMMConfig, apply, remove
 from namm_ext.baselines import NeverEvict
 
 LENGTH = 75  # not a multiple of anything
@@ -240,3 +245,61 @@ def test_autocast_and_inference_mode():
         got = model(ids, past_key_values=cache).logits
     assert cache.layers[0].kv.store.k.dtype == torch.bfloat16
     assert (got - exact).norm() <= 2 * (stock - exact).norm()
+
+
+# Composite models ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llava():
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            image_size=16, patch_size=4, projection_dim=16,
+        ),
+        text_config=transformers.LlamaConfig(**COMMON),
+        image_token_index=VOCAB - 1,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    return model.requires_grad_(False)
+
+
+def test_multimodal_model(llava):
+    """Only the decoder gets a memory; an image's tokens are tokens like any others."""
+    ids = tokens(1, 50).clamp(max=VOCAB - 2)
+    ids[0, 5:21] = VOCAB - 1
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, dtype=torch.float64)}
+    want = llava.generate(**inputs, max_new_tokens=20, do_sample=False)
+    vision = llava.config.vision_config
+    before = vision._attn_implementation
+    apply(llava, NeverEvict(n_up=16))
+    assert llava.config.text_config._attn_implementation == "namm"
+    assert vision._attn_implementation == before
+    assert torch.equal(llava.generate(**inputs, max_new_tokens=20, do_sample=False), want)
+
+    policy = evicting_policy(threshold=None, cache_size=10)
+    seen = []
+    hook = llava.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    cache = NAMMCache(llava, policy)
+    got = llava(**inputs, past_key_values=cache).logits
+    hook.remove()
+    alone = NAMMCache(llava.config.text_config, policy)
+    hidden = llava.model.language_model(inputs_embeds=seen[0], past_key_values=alone)
+    torch.testing.assert_close(got, llava.lm_head(hidden.last_hidden_state))
+    assert positions(cache.layers[1]) == positions(alone.layers[1])
+    remove(llava)
+    assert llava.config.text_config._attn_implementation == "sdpa"
+    assert torch.equal(llava.generate(**inputs, max_new_tokens=20, do_sample=False), want)
+
+
+MODULES = "ragged cache patching report attention cache_files baselines._base baselines.by_key"
+MODULES += " baselines.by_position baselines.by_attention"
+
+
+@pytest.mark.parametrize("name", MODULES.split())
+def test_examples(name):
+    assert doctest.testmod(importlib.import_module(f"namm_ext.{name}")).failed == 0

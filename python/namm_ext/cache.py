@@ -283,6 +283,19 @@ class NAMMCache(Cache):
 
     Raises:
         ValueError: if the model has a part that a memory cannot serve; names it.
+
+    Example:
+        >>> import transformers
+        >>> from namm_ext import NAMM, NAMMConfig
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+        >>> model = transformers.LlamaForCausalLM(config).eval()
+        >>> cache = NAMMCache(model, NAMM(NAMMConfig(n_up=16, cache_size=8)))
+        >>> text = torch.ones(1, 40, dtype=torch.long)
+        >>> text = model.generate(text, past_key_values=cache, max_new_tokens=4)
+        >>> cache.get_seq_length(), cache.report().tokens_kept, cache.report().tokens_live
+        (43, 16, 38)
     """
 
     def __init__(

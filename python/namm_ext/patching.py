@@ -105,7 +105,7 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
     """``apply`` for the length of a ``with`` block; afterwards the model is as it was before.
 
     Example:
-        >>> import transformers
+        >>> import torch, transformers
         >>> from namm_ext import baselines
         >>> config = transformers.LlamaConfig(
         ...     vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,

@@ -76,6 +76,11 @@ class Planner:
 
     Args:
         n_up: real tokens between two updates of a row.
+
+    Example:
+        >>> pieces = Planner(16)((10,), 20, None, torch.device("cpu"))
+        >>> [(piece.width, piece.due is not None) for piece in pieces]
+        [(6, True), (14, False)]
     """
 
     def __init__(self, n_up: int) -> None:

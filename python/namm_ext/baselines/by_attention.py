@@ -13,17 +13,24 @@ from ._base import Baseline, live_rows, newest_position
 
 def received(ctx: UpdateContext, num_queries: int) -> Tensor:
     """``[C]`` attention received from the newest ``num_queries`` queries, mean over a group."""
+    q, lse, pos_q = ctx.q_window, ctx.lse_window, ctx.pos_q
+    # The op wants a multiple of 16 rows; rows in front are not counted, so they may be anything.
+    missing = -q.shape[2] % CARRY
+    if missing:
+        q = torch.nn.functional.pad(q, (0, 0, missing, 0))
+        lse = torch.nn.functional.pad(lse, (missing, 0))
+        pos_q = pos_q - missing
     return ops.attention_received(
-        ctx.q_window,
-        ctx.lse_window,
+        q,
+        lse,
         ctx.k,
         ctx.pos,
         ctx.cu_seqlens_k,
         ctx.seqused_k,
-        ctx.pos_q,
+        pos_q,
         ctx.active,
         softmax_scale=ctx.softmax_scale,
-        first_row=ctx.q_window.shape[2] - num_queries,
+        first_row=q.shape[2] - num_queries,
     )
 
 
@@ -39,6 +46,10 @@ class H2O(Baseline):
         cache_size, n_up, budget: as in ``Baseline``.
         sink_tokens: as in ``Baseline``.
         recent_tokens: default ``cache_size // 2``, as published.
+
+    Example:
+        >>> H2O(cache_size=256).recent_tokens
+        128
     """
 
     num_state = 1
@@ -76,10 +87,14 @@ class SnapKV(Baseline):
 
     Args:
         cache_size, n_up, budget: as in ``Baseline``.
-        window: queries of the observation window, at most ``16 + n_up``; 0 tokens of it are
+        window: queries of the observation window, at most ``16 + n_up``; its tokens are never
             dropped, so at most ``cache_size``. Default 32, or less if those ask for it.
         kernel_size: odd width of the pooling; 1 for none.
         sink_tokens: as in ``Baseline``.
+
+    Example:
+        >>> SnapKV(cache_size=256).window
+        32
     """
 
     def __init__(
@@ -129,6 +144,10 @@ class TOVA(Baseline):
         cache_size, n_up, budget, sink_tokens, recent_tokens: as in ``Baseline``.
         heads: ``"layer"`` as published (only with ``"per_head"``), ``"head"`` for every KV head by
             itself; None takes the published rule where the budget allows it.
+
+    Example:
+        >>> TOVA(256).heads, TOVA(256, budget="per_layer").heads
+        ('layer', 'head')
     """
 
     def __init__(
