@@ -143,7 +143,7 @@ def test_kernels_agree_with_float64(model, name, dtype):
         pairs = list(zip(positions(layer, row), positions(truth, row), strict=True))
         assert sum(len(a) for a, _ in pairs) == sum(len(b) for _, b in pairs)
         common = sum(len(set(a) & set(b)) for a, b in pairs)
-        share = 0.98 if dtype == torch.float32 else 0.8
+        share = 0.98 if dtype == torch.float32 else 0.7
         assert common >= share * sum(len(b) for _, b in pairs)
 
 
