@@ -9,7 +9,7 @@ import torch
 import transformers
 from hf_models import COMMON, FAMILIES, build, evicting_policy, gemma3_config, tokens
 from namm_ext import NAMMCache, apply, patch, remove
-from namm_ext.attention import namm_attention_forward
+from namm_ext.attention import check_version, namm_attention_forward
 from namm_ext.baselines import NeverEvict
 
 POLICY = NeverEvict(n_up=16)
@@ -274,5 +274,14 @@ def test_hybrid_crop_follows_the_sliding_layers():
     model = build(gemma3_config())
     cache = NAMMCache(model, NeverEvict(n_up=64))
     model(tokens(1, 40), past_key_values=cache)
-    with pytest.raises(RuntimeError, match="activate_past_recording"):
+    with pytest.raises((RuntimeError, ValueError), match=r"`crop`"):
         cache.crop(-3)
+
+
+def test_old_transformers_are_refused():
+    check_version("5.4.0")
+    check_version("6.0.0.dev0")
+    with pytest.raises(
+        ImportError, match=r"namm_ext: transformers must be at least 5.4, got 5.3.1"
+    ):
+        check_version("5.3.1")

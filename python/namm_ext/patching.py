@@ -39,6 +39,10 @@ class Memory:
         return self.cache.report()
 
 
+#: Arguments of ``generate`` with which it drafts tokens and takes some of them back.
+_DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
+
+
 class _Undo:
     def __init__(self, attn_implementation: str) -> None:
         self.attn_implementation = attn_implementation
@@ -84,6 +88,8 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
             memory.cache = kwargs["past_key_values"] = NAMMCache(model, policy)
         elif isinstance(kwargs["past_key_values"], NAMMCache):
             memory.cache = kwargs["past_key_values"]
+        if memory.cache is not None and any(kwargs.get(name) for name in _DRAFTING):
+            memory.cache.activate_past_recording()  # transformers before 5.16 does not ask
         return generate(*args, **kwargs)
 
     vars(model)["generate"] = generate_with_memory
