@@ -167,8 +167,8 @@ def test_any_chunking_gives_the_same_result(cuts):
         torch.testing.assert_close(a.kv.store.state[rows], b.kv.store.state[rows])
 
 
-@pytest.mark.parametrize("cuts", [(), (10, 17, 40, 41), (64,)], ids=str)
-@pytest.mark.parametrize("pads", [(0, 9, 23), (1, 16, 17)], ids=str)
+@pytest.mark.parametrize("cuts", [(), (10, 17, 40, 41), (64,)], ids=["whole", "ragged", "aligned"])
+@pytest.mark.parametrize("pads", [(0, 9, 23), (1, 16, 17)], ids=["0-9-23", "1-16-17"])
 def test_left_padded_rows_equal_rows_alone(pads, cuts):
     model = build(FAMILIES["llama"](), torch.float64)
     ids = tokens(3, LENGTH)

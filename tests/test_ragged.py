@@ -243,7 +243,7 @@ def test_a_failing_update_leaves_the_store_and_is_made_up_for(where):
 # Rows ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2, 0, 1], [1]], ids=str)
+@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2, 0, 1], [1]], ids=["swap", "repeat", "one"])
 def test_select_rows(rows):
     q, k, v = inputs(70)
     kv = make(policy())
