@@ -1,0 +1,1 @@
+#include "attend_isa.inc"
