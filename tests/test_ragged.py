@@ -16,18 +16,21 @@ B, H, G, D, DV, N_UP = 3, 2, 2, 8, 6, 16
 CPU = torch.device("cpu")
 
 
-def make(policy, batch_size=B, **kwargs):
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]  # the law, and the kernels
+
+
+def make(policy, batch_size=B, dtype=torch.float64, **kwargs):
     return RaggedKV(
         policy, batch_size=batch_size, num_kv_heads=H, num_heads=H * G, head_dim=D,
-        head_dim_v=DV, softmax_scale=D**-0.5, dtype=torch.float64, **kwargs,
+        head_dim_v=DV, softmax_scale=D**-0.5, dtype=dtype, **kwargs,
     )  # fmt: skip
 
 
-def inputs(length, seed=0, batch_size=B):
+def inputs(length, seed=0, batch_size=B, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     shapes = ((H * G, D), (H, D), (H, DV))
     return [
-        2 * torch.randn(batch_size, h, length, d, dtype=torch.float64, generator=g)
+        2 * torch.randn(batch_size, h, length, d, dtype=torch.float64, generator=g).to(dtype)
         for h, d in shapes
     ]
 
@@ -147,12 +150,15 @@ def test_a_ledger_of_layers_knows_the_common_peak():
     assert (a.peak_kv, b.peak_kv) == (20, 20)  # 40 together, but never at once
 
 
-@pytest.mark.parametrize("make_policy", [policy, lambda: H2O(7, N_UP), lambda: KNorm(7, N_UP)],
-                         ids=["NAMM", "H2O", "KNorm"])  # fmt: skip
-def test_free_room_and_unused_window_are_never_read(make_policy):
-    q, k, v = inputs(70)
-    clean, dirty = make(make_policy()), make(make_policy())
-    want = run(clean, q, k, v)
+POLICIES = {"NAMM": policy, "H2O": lambda: H2O(7, N_UP), "KNorm": lambda: KNorm(7, N_UP)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", POLICIES)
+def test_free_room_and_unused_window_are_never_read(name, dtype):
+    q, k, v = inputs(70, dtype=dtype)
+    clean, dirty = (make(POLICIES[name](), dtype=dtype) for _ in range(2))
+    want = run(clean, q, k, v, cuts=(10, 11, 40))
     planner, out = Planner(N_UP), []
     for a, b in ((0, 10), (10, 11), (11, 40), (40, 70)):
         starts = dirty.store.cu_seqlens_k.tolist()
@@ -167,8 +173,45 @@ def test_free_room_and_unused_window_are_never_read(make_policy):
             dirty.lse_window[:, :, since:] = torch.nan
         pieces = planner(dirty.seen, b - a, None, CPU)
         out.append(dirty.forward(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], pieces))
-    torch.testing.assert_close(torch.cat(out, 1), want)
+    assert torch.equal(torch.cat(out, 1), want)
     same(clean, dirty)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_do_not_see_each_other(name, dtype):
+    """Bit for bit: a padded row of a batch and the same row alone."""
+    pads = (0, 9, 23)
+    q, k, v = inputs(70, dtype=dtype)
+    kv, planner, out = make(POLICIES[name](), dtype=dtype), Planner(N_UP), []
+    for a, b in ((0, 40), (40, 41), (41, 70)):
+        spans = tuple((min(max(p - a, 0), b - a), b - max(a, min(p, b))) for p in pads)
+        pieces = planner(kv.seen, b - a, spans if a == 0 else None, CPU)
+        out.append(kv.forward(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], pieces))
+    got = torch.cat(out, 1)
+    for row, pad in enumerate(pads):
+        alone = make(POLICIES[name](), batch_size=1, dtype=dtype)
+        one = [x[row : row + 1, :, pad:] for x in (q, k, v)]
+        want = run(alone, *one, cuts=(40 - pad, 41 - pad))
+        assert torch.equal(got[row : row + 1, pad:], want)
+        assert not got[row, :pad].any()
+        for name_ in ("k", "v", "pos", "state"):
+            mine = live(kv, name_)[row * H : (row + 1) * H]
+            assert all(torch.equal(x, y) for x, y in zip(mine, live(alone, name_), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_agree_with_the_law(dtype):
+    """The same store in float64: outputs to rounding, and the state that was carried."""
+    q, k, v = inputs(47, dtype=dtype)
+    mine = make(evicting_policy(N_UP, threshold=-1e9), dtype=dtype)
+    exact = make(evicting_policy(N_UP, threshold=-1e9))
+    got = run(mine, q, k, v, cuts=(20,)).double()
+    want = run(exact, q.double(), k.double(), v.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    for x, y in zip(live(mine, "state"), live(exact, "state"), strict=True):
+        torch.testing.assert_close(x.double(), y, atol=1e-5, rtol=1e-4)
 
 
 def test_no_window_for_policies_that_need_none():
