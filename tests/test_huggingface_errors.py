@@ -10,7 +10,7 @@ import transformers
 from hf_models import COMMON, FAMILIES, build, evicting_policy, gemma3_config, tokens
 from namm_ext import NAMMCache, apply, patch, remove
 from namm_ext.attention import check_version, namm_attention_forward
-from namm_ext.baselines import NeverEvict
+from namm_ext.baselines import H2O, TOVA, NeverEvict
 
 POLICY = NeverEvict(n_up=16)
 
@@ -276,6 +276,32 @@ def test_hybrid_crop_follows_the_sliding_layers():
     model(tokens(1, 40), past_key_values=cache)
     with pytest.raises((RuntimeError, ValueError), match=r"`crop`"):
         cache.crop(-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fits"),
+    [
+        (evicting_policy(), True),
+        (evicting_policy(cache_size=8, budget="per_layer"), False),
+        (evicting_policy(selection="reference"), False),
+        (TOVA(8, 16), False),
+        (TOVA(8, 16, heads="head"), True),
+        (H2O(8, 16, "per_layer"), False),
+    ],
+    ids=["threshold", "per_layer", "reference", "TOVA", "TOVA_head", "H2O_layer"],
+)
+def test_heads_split_over_processes(model, policy, fits):
+    """Tensor parallelism: a process has some of the heads, so they cannot compete."""
+    cache = NAMMCache(model, policy)
+    q, k = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8)
+    key, value = cache.update(k, k.clone(), 0)
+    attention = model.model.layers[0].self_attn
+    if fits:
+        assert namm_attention_forward(attention, q, key, value, None)[0].shape == (1, 3, 2, 8)
+    else:
+        with error("NAMMCache: a process holds 1 of 2 KV heads, so the policy must decide for each "
+                   "head by itself"):  # fmt: skip
+            namm_attention_forward(attention, q, key, value, None)
 
 
 def test_old_transformers_are_refused():

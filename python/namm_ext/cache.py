@@ -242,6 +242,13 @@ class NAMMLayer(CacheLayerMixin):
                 f"and returned sequences included), got {index.numel()}"
             )
         # Heads are counted here and not in the config: tensor parallelism splits them.
+        heads = getattr(self.session.config, "num_key_value_heads", None)
+        if heads is not None and k.shape[1] < heads and _couples_heads(self.session.policy):
+            raise ValueError(
+                f"NAMMCache: a process holds {k.shape[1]} of {heads} KV heads, so the policy must "
+                "decide for each head by itself (no budget 'per_layer', no selection 'reference', "
+                f"no mean over heads), got {self.session.policy!r}"
+            )
         return RaggedKV(
             self.session.policy_on(q.device),
             batch_size=q.shape[0],
@@ -568,6 +575,15 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
             f"NAMMCache: at least one layer must have full attention, in {name!r} all are sliding"
         )
     return types
+
+
+def _couples_heads(policy: Policy) -> bool:
+    settings = getattr(policy, "config", policy)
+    return (
+        getattr(settings, "budget", None) == "per_layer"
+        or getattr(settings, "selection", None) == "reference"
+        or getattr(policy, "heads", None) == "layer"
+    )
 
 
 # torch.compile -----------------------------------------------------------------------------------
