@@ -17,10 +17,10 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kRowsPerBlock = 64;
 static_assert(kRowsPerBlock % kWarps == 0, "every warp moves the same number of rows");
 
-NAMM_DEVICE int32_t rows_to_append(const AppendParams& p, int num_cols, int segment) {
+NAMM_DEVICE int32_t rows_to_append(const AppendParams& p, int segment) {
   const int b = segment / p.num_kv_heads;
   const int32_t room = p.cu_seqlens_k[segment + 1] - p.cu_seqlens_k[segment] - p.seqused_k[segment];
-  return max(0, min(p.num_new[b], min(room, num_cols - p.first[b])));
+  return max(0, min(p.num_new[b], min(room, p.num_cols - p.first[b])));
 }
 
 // Copies row_bytes bytes as Units; the lanes of one warp share a row.
@@ -34,12 +34,11 @@ NAMM_DEVICE void copy_row(void* target, const void* source, int64_t row_bytes, i
 
 template <class Unit>
 __global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant__ AppendParams p,
-                                                          int num_cols, int element_size,
-                                                          bool grow) {
+                                                          int element_size, bool grow) {
   const int segment = blockIdx.x;
   const int b = segment / p.num_kv_heads, h = segment % p.num_kv_heads;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int32_t n = rows_to_append(p, num_cols, segment);
+  const int32_t n = rows_to_append(p, segment);
   const int32_t live = p.seqused_k[segment];
   const int64_t behind = int64_t{p.cu_seqlens_k[segment]} + live;
   const int64_t k_bytes = int64_t{p.head_dim} * element_size;
@@ -65,11 +64,10 @@ __global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant_
   }
 }
 
-__global__ __launch_bounds__(kThreads) void grow_kernel(const __grid_constant__ AppendParams p,
-                                                        int num_cols) {
+__global__ __launch_bounds__(kThreads) void grow_kernel(const __grid_constant__ AppendParams p) {
   const int segment = blockIdx.x * kThreads + threadIdx.x;
   if (segment >= p.batch_size * p.num_kv_heads) return;
-  p.seqused_k[segment] += rows_to_append(p, num_cols, segment);
+  p.seqused_k[segment] += rows_to_append(p, segment);
 }
 
 bool aligned16(const AppendParams& p, int element_size) {
@@ -86,19 +84,19 @@ bool aligned16(const AppendParams& p, int element_size) {
 
 }  // namespace
 
-Status launch_append(const AppendParams& p, int32_t num_cols, const Launch& launch_config) {
+Status launch_append(const AppendParams& p, const Launch& config) {
   const int element_size = p.dtype == DType::kFloat32 ? 4 : 2;
   const auto segments = static_cast<unsigned>(p.batch_size * p.num_kv_heads);
-  const dim3 grid(segments, static_cast<unsigned>(ceil_div(num_cols, kRowsPerBlock)));
+  const dim3 grid(segments, static_cast<unsigned>(ceil_div(p.num_cols, kRowsPerBlock)));
   const bool grow = grid.y == 1;
   auto* kernel = aligned16(p, element_size) ? append_kernel<uint4>
                  : element_size == 4        ? append_kernel<uint32_t>
                                             : append_kernel<uint16_t>;
   const Status status =
-      launch(kernel, grid, dim3(kThreads), 0, launch_config.stream, p, num_cols, element_size, grow);
-  if (status != 0 || grow || num_cols == 0) return status;
+      launch(kernel, grid, dim3(kThreads), 0, config.stream, p, element_size, grow);
+  if (status != 0 || grow || p.num_cols == 0) return status;
   return launch(grow_kernel, dim3(static_cast<unsigned>(ceil_div(segments, kThreads))),
-                dim3(kThreads), 0, launch_config.stream, p, num_cols);
+                dim3(kThreads), 0, config.stream, p);
 }
 
 }  // namespace namm_ext::gpu

@@ -129,9 +129,9 @@ __global__ __launch_bounds__(kThreads) void compact_kernel(const __grid_constant
 
 }  // namespace
 
-Status launch_compact(const CompactParams& p, const Launch& launch_config) {
+Status launch_compact(const CompactParams& p, const Launch& config) {
   // Longer tiles where the store is long: a block reads every keep byte before its own.
-  const int64_t wanted = launch_config.capacity / 1024 / kThreads * kThreads;
+  const int64_t wanted = config.capacity / 1024 / kThreads * kThreads;
   const int tile_rows =
       static_cast<int>(wanted < kThreads ? kThreads : wanted > kMaxTileRows ? kMaxTileRows : wanted);
   const uintptr_t bits =
@@ -141,8 +141,8 @@ Status launch_compact(const CompactParams& p, const Launch& launch_config) {
   auto* kernel = bits % 16 == 0  ? compact_kernel<uint4>
                  : bits % 4 == 0 ? compact_kernel<uint32_t>
                                  : compact_kernel<uint16_t>;
-  return launch(kernel, dim3(num_tiles(p.seg, launch_config.capacity, tile_rows)), dim3(kThreads),
-                0, launch_config.stream, p, tile_rows);
+  return launch(kernel, dim3(num_tiles(p.seg, config.capacity, tile_rows)), dim3(kThreads),
+                0, config.stream, p, tile_rows);
 }
 
 }  // namespace namm_ext::gpu

@@ -8,7 +8,8 @@
 //           segments that a budget or fill really cuts.
 // Numerics  none: the order of the integers is the rule, so every device decides alike. Integer
 //           counts only; equal integers go to the earlier segment, then to the earlier row.
-// Limits    positions are not negative. A segment is one block's work, however long.
+// Limits    positions are not negative, cache_size is -1 or at least 1. A segment is one block's
+//           work, however long.
 #include "platform.cuh"
 
 namespace namm_ext::gpu {
@@ -254,16 +255,6 @@ __global__ __launch_bounds__(kThreads) void decide_kernel(const __grid_constant_
     }
     return;
   }
-  if (wanted == 0) {
-    for (int s = first; s < last; ++s) {
-      if (counts[s] < 0) continue;
-      for (int32_t i = threadIdx.x; i < p.seg.seqused_k[s]; i += kThreads) {
-        p.keep[p.seg.cu_seqlens_k[s] + i] = 0;
-      }
-      if (threadIdx.x == 0) p.num_kept[s] = 0;
-    }
-    return;
-  }
   const Cut cut = find_cut(p, counts, first, last, wanted, shared);
   apply_cut(p, counts, first, last, cut, shared);
 }
@@ -274,17 +265,17 @@ size_t select_workspace(const SelectParams& p, int64_t) {
   return sizeof(int32_t) * static_cast<size_t>(p.seg.batch_size) * p.seg.num_kv_heads;
 }
 
-Status launch_select(const SelectParams& p, const Launch& launch_config) {
+Status launch_select(const SelectParams& p, const Launch& config) {
   const auto segments = static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads);
-  auto* counts = static_cast<int32_t*>(launch_config.workspace);
+  auto* counts = static_cast<int32_t*>(config.workspace);
   const Status status = launch(count_kernel, dim3(segments), dim3(kThreads), 0,
-                               launch_config.stream, p, counts);
+                               config.stream, p, counts);
   if (status != 0) return status;
   if (p.budget == Budget::kPerLayer && p.cache_size >= 0) {
     return launch(decide_kernel<true>, dim3(static_cast<unsigned>(p.seg.batch_size)),
-                  dim3(kThreads), 0, launch_config.stream, p, static_cast<const int32_t*>(counts));
+                  dim3(kThreads), 0, config.stream, p, static_cast<const int32_t*>(counts));
   }
-  return launch(decide_kernel<false>, dim3(segments), dim3(kThreads), 0, launch_config.stream, p,
+  return launch(decide_kernel<false>, dim3(segments), dim3(kThreads), 0, config.stream, p,
                 static_cast<const int32_t*>(counts));
 }
 

@@ -64,7 +64,7 @@ struct AppendParams {
   const int32_t* pos_first;  // [B]
   int64_t k_new_strides[3];  // of dimensions 0, 1, 2
   int64_t v_new_strides[3];
-  int32_t batch_size, num_kv_heads, head_dim, head_dim_v, num_state;
+  int32_t batch_size, num_kv_heads, head_dim, head_dim_v, num_state, num_cols;  // num_cols = L
   DType dtype;
 };
 

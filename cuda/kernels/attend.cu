@@ -1,0 +1,149 @@
+// attend_: which kernel runs, and the kernel that joins the parts of a split attention.
+//
+// Few query rows per segment (decoding): the keys are split over blocks. Many (prefill): the rows
+// are. The choice depends on L * G alone, the parts on a segment's own length alone.
+#include "attend.cuh"
+#include "attend_mma.cuh"
+#include "attend_simt.cuh"
+
+namespace namm_ext::gpu {
+namespace {
+
+constexpr int kMaxSplitRows = 64;  // query rows of a segment up to which its keys are split
+
+// Joins the parts of one query row, in order.
+//
+// Mapping   block = one packed query row of one segment; threads side by side over Dv.
+// Cost      4 * Dv bytes per part and row.
+constexpr int kCombineThreads = 128;
+template <class T>
+__global__ __launch_bounds__(kCombineThreads) void combine_kernel(
+    const __grid_constant__ AttendParams p, const Partials partials) {
+  const int segment = blockIdx.x;
+  const int32_t row = blockIdx.y;
+  const QueryRows rows = query_rows(p, segment);
+  const int32_t live = p.seg.seqused_k[segment], size = chunk_rows(live);
+  if (row >= rows.count || live <= size) return;  // a single part has written the result itself
+  const int32_t num_parts = (live + size - 1) / size;
+  // The inverse of find_tile.
+  const int64_t tile = p.seg.cu_seqlens_k[segment] / kMinChunk + segment;
+  const float2* max_sum = partials.max_sum + tile * partials.rows_per_part + row;
+  const float* out = partials.out + (tile * partials.rows_per_part + row) * p.head_dim_v;
+
+  float max = -INFINITY, sum = 0.0f;
+  for (int i = 0; i < num_parts; ++i) {
+    max = fmaxf(max, max_sum[int64_t{i} * partials.rows_per_part].x);
+  }
+  const float base = safe_max(max);
+  for (int i = 0; i < num_parts; ++i) {
+    const float2 part = max_sum[int64_t{i} * partials.rows_per_part];
+    sum += ex2(part.x - base) * part.y;
+  }
+  for (int d = threadIdx.x; d < p.head_dim_v; d += kCombineThreads) {
+    float total = 0.0f;
+    for (int i = 0; i < num_parts; ++i) {
+      const int64_t offset = int64_t{i} * partials.rows_per_part;
+      total += ex2(max_sum[offset].x - base) * out[offset * p.head_dim_v + d];
+    }
+    out_row<T>(p, rows, row)[d] = from_float<T>(total * normaliser(sum));
+  }
+  if (threadIdx.x == 0) *lse_of_row(p, rows, row) = natural_lse(max, sum);
+}
+
+int64_t packed_rows(const AttendParams& p) { return int64_t{p.num_cols} * p.num_groups; }
+bool splits_keys(const AttendParams& p) { return packed_rows(p) <= kMaxSplitRows; }
+
+int64_t num_parts(const AttendParams& p, int64_t capacity) {
+  return num_tiles(p.seg, capacity, kMinChunk);
+}
+
+bool fits_tensor_cores(const AttendParams& p) {
+  if (p.dtype == DType::kFloat32 || p.head_dim > 256 || p.head_dim_v > 256) return false;
+  uintptr_t bits = reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k) |
+                   reinterpret_cast<uintptr_t>(p.v) | static_cast<uintptr_t>(p.head_dim) * 2 |
+                   static_cast<uintptr_t>(p.head_dim_v) * 2;
+  for (const int64_t stride : p.q_strides) bits |= static_cast<uintptr_t>(stride) * 2;
+  uintptr_t out_bits = reinterpret_cast<uintptr_t>(p.out);
+  for (const int64_t stride : p.out_strides) out_bits |= static_cast<uintptr_t>(stride) * 2;
+  return bits % 16 == 0 && out_bits % 4 == 0;
+}
+
+template <class T, int kHeadDim>
+Status launch_mma(const AttendParams& p, const Partials& partials, const Launch& config) {
+  if (splits_keys(p)) {
+    using Shape = DecodeShape<kHeadDim>;
+    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity)),
+                    static_cast<unsigned>(ceil_div(packed_rows(p), Shape::kRows)));
+    return launch(attend_decode_kernel<T, kHeadDim>, grid, dim3(Shape::kThreads),
+                  Shape::kSharedBytes, config.stream, p, partials);
+  }
+  using Shape = PrefillShape<kHeadDim>;
+  const auto row_tiles = static_cast<int>(ceil_div(packed_rows(p), Shape::kRows));
+  const auto segments = static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads);
+  return launch(attend_prefill_kernel<T, kHeadDim>, dim3(segments * row_tiles),
+                dim3(Shape::kThreads), Shape::kSharedBytes, config.stream, p, row_tiles);
+}
+
+template <class T>
+Status launch_simt(const AttendParams& p, const Partials& partials, const Launch& config) {
+  const size_t shared = SimtShape::shared_bytes(p.head_dim, p.head_dim_v);
+  const auto row_tiles = static_cast<int>(ceil_div(packed_rows(p), SimtShape::kRows));
+  if (splits_keys(p)) {
+    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity)),
+                    static_cast<unsigned>(row_tiles));
+    return launch(attend_simt_kernel<T, true>, grid, dim3(SimtShape::kThreads), shared,
+                  config.stream, p, partials, row_tiles);
+  }
+  const auto segments = static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads);
+  return launch(attend_simt_kernel<T, false>, dim3(segments * row_tiles),
+                dim3(SimtShape::kThreads), shared, config.stream, p, partials, row_tiles);
+}
+
+template <class T>
+Status launch_typed(const AttendParams& p, const Partials& partials, const Launch& config) {
+  Status status = 0;
+  const int dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  if constexpr (std::is_same_v<T, float>) {
+    status = launch_simt<T>(p, partials, config);
+  } else if (config.path == Path::kSimt || !fits_tensor_cores(p)) {
+    status = launch_simt<T>(p, partials, config);
+  } else if (dim <= 64) {
+    status = launch_mma<T, 64>(p, partials, config);
+  } else if (dim <= 96) {
+    status = launch_mma<T, 96>(p, partials, config);
+  } else if (dim <= 128) {
+    status = launch_mma<T, 128>(p, partials, config);
+  } else {
+    status = launch_mma<T, 256>(p, partials, config);
+  }
+  if (status != 0 || !splits_keys(p)) return status;
+  const dim3 grid(static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads),
+                  static_cast<unsigned>(packed_rows(p)));
+  return launch(combine_kernel<T>, grid, dim3(kCombineThreads), 0, config.stream, p, partials);
+}
+
+}  // namespace
+
+size_t attend_workspace(const AttendParams& p, int64_t capacity) {
+  if (!splits_keys(p)) return 0;
+  return sizeof(float) * static_cast<size_t>(num_parts(p, capacity)) *
+         static_cast<size_t>(packed_rows(p)) * (static_cast<size_t>(p.head_dim_v) + 2);
+}
+
+Status launch_attend(const AttendParams& p, const Launch& config) {
+  // max_sum first: its elements have 8 bytes.
+  auto* max_sum = static_cast<float2*>(config.workspace);
+  const int64_t part_rows = splits_keys(p) ? num_parts(p, config.capacity) * packed_rows(p) : 0;
+  const Partials partials{reinterpret_cast<float*>(max_sum + part_rows), max_sum,
+                          static_cast<int32_t>(packed_rows(p))};
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return launch_typed<float>(p, partials, config);
+    case DType::kBFloat16:
+      return launch_typed<bf16>(p, partials, config);
+    default:
+      return launch_typed<fp16>(p, partials, config);
+  }
+}
+
+}  // namespace namm_ext::gpu
