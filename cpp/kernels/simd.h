@@ -62,7 +62,18 @@ typedef uint16_t VecU16Mem __attribute__((vector_size(2 * kLanes), aligned(2), m
 NAMM_INLINE VecF splat(float x) { return x - VecF{}; }
 NAMM_INLINE VecI splat(int32_t x) { return x - VecI{}; }
 NAMM_INLINE VecF select(VecI mask, VecF a, VecF b) { return mask ? a : b; }
-NAMM_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
+// b if either is NaN.
+NAMM_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecF>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // 0, 1, 2, ...
 NAMM_INLINE VecI iota() {
@@ -256,7 +267,7 @@ NAMM_INLINE void transpose(VecF (&row)[kLanes]) {
 
 // 2^x for x <= 126. The polynomial is 2^f on [-1/2, 1/2].
 NAMM_INLINE VecF exp2(VecF x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
+  x = max(splat(-126.0f), x);
   const float kRound = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
   const VecF shifted = x + kRound;
   const VecF f = x - (shifted - kRound);
