@@ -139,6 +139,8 @@ def spectrogram_from_attention(attn: Tensor, tail: Tensor | None = None) -> Tens
     x = torch.cat([tail.to(series.dtype), series], dim=-1)
     frames = x.unfold(-1, N_FFT, HOP)  # [..., K, F, 32]
     window = hann_window(x.dtype, x.device)
+    if frames.numel() == 0:  # an empty segment; MKL refuses to transform zero rows
+        return x.new_zeros(*frames.shape[:-1], NUM_BINS).transpose(-2, -3)
     magnitudes = torch.fft.rfft(frames * window).abs()
     return magnitudes.transpose(-2, -3)
 
