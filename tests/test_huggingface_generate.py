@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from hf_models import FAMILIES, build, evicting_policy, positions, tokens
+from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
 from namm_ext import NAMM, NAMMCache, NAMMConfig, apply, patch, remove
 from namm_ext.baselines import NeverEvict, StreamingLLM
 from namm_ext.policy import Policy
@@ -116,6 +116,23 @@ def test_never_evict_generates_as_stock(model, kwargs):
         want, got = want.sequences, got.sequences
     assert torch.equal(got, want)
     assert memory.cache.layers[0].kv.num_updates >= 4
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"num_beams": 3}, {"prompt_lookup_num_tokens": 5}, {"do_sample": True}],
+    ids=lambda kwargs: "-".join(kwargs),
+)
+def test_hybrid_generates_as_stock(kwargs):
+    """Stock sliding layers are reordered and rolled back along with the memory."""
+    model = build(gemma3_config(), torch.float64)
+    kwargs = {"do_sample": False, "max_new_tokens": 30, **kwargs}
+    ids = tokens(1, 40).repeat(1, 2)
+    torch.manual_seed(3)
+    want = model.generate(ids, **kwargs)
+    torch.manual_seed(3)
+    with patch(model, NeverEvict(n_up=16)):
+        assert torch.equal(model.generate(ids, **kwargs), want)
 
 
 def test_beams_equal_their_replay(model, policy):
