@@ -333,6 +333,7 @@ inline uint16_t float_to_fp16(float value) {
   const float magnitude = std::fabs(value);
   if (value != value) return 0x7FFF;
   if (magnitude >= 65520.0f) return sign | 0x7C00;
+  if (magnitude == 0.0f) return sign;  // frexp calls its exponent 0
   int exponent = 0;
   std::frexp(magnitude, &exponent);                   // magnitude = f * 2^exponent, f in [0.5, 1)
   const int shift = std::max(exponent - 11, -24);     // weight of the last kept bit

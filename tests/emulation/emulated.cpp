@@ -27,12 +27,18 @@ size_t size_of_workspace(const void* params, int64_t capacity) {
 size_t no_workspace(const void*, int64_t) { return 0; }
 
 const Op kOps[] = {
-#ifndef NAMM_WITHOUT_STORE_OPS
+#ifdef NAMM_HAS_APPEND
     {"append", sizeof(AppendParams), no_workspace, call<AppendParams, launch_append>},
+#endif
+#ifdef NAMM_HAS_ATTEND
     {"attend", sizeof(AttendParams), size_of_workspace<AttendParams, attend_workspace>,
      call<AttendParams, launch_attend>},
+#endif
+#ifdef NAMM_HAS_SELECT
     {"select", sizeof(SelectParams), size_of_workspace<SelectParams, select_workspace>,
      call<SelectParams, launch_select>},
+#endif
+#ifdef NAMM_HAS_COMPACT
     {"compact", sizeof(CompactParams), no_workspace, call<CompactParams, launch_compact>},
 #endif
     {"spectrogram", sizeof(SpectrogramParams), no_workspace,

@@ -1,0 +1,180 @@
+"""bam_scores and mlp_scores of the CUDA kernels, run on the CPU, against the law."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import emulated
+import pytest
+import torch
+from emulated import reference
+from torch import Tensor
+
+LOG_EPS = 1e-6
+
+
+@dataclass
+class Sample:
+    """Inputs of the scorers; dead rows are NaN and the slots have room."""
+
+    state: Tensor
+    pos: Tensor
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor
+    params: Tensor
+    param_index: Tensor
+    mean: Tensor
+    var: Tensor
+    active: Tensor
+
+
+def make_sample(
+    lengths: list[list[int]],
+    num_params: int = reference.NUM_BAM_PARAMS,
+    std: float = 0.1,
+    active: list[bool] | None = None,
+    last_pos: int = 100_000,
+) -> Sample:
+    """Heavy-tailed features, positions up to ``last_pos``, one parameter vector per batch row."""
+    gen = torch.Generator().manual_seed(len(lengths))
+    batch_size = len(lengths)
+    used = torch.tensor([n for row in lengths for n in row], dtype=torch.int32)
+    slots = used + torch.tensor([1 + i % 3 for i in range(used.numel())], dtype=torch.int32)
+    cu = torch.cat([torch.zeros(1), slots.cumsum(0)]).to(torch.int32)
+    capacity = int(cu[-1])
+    state = torch.full((capacity, 17), float("nan"))
+    pos = torch.full((capacity,), 2**31 - 1, dtype=torch.int32)
+    for s, length in enumerate(used.tolist()):
+        live = slice(int(cu[s]), int(cu[s]) + length)
+        state[live] = torch.randn(length, 17, generator=gen).exp() * 0.1
+        steps = torch.randint(1, max(last_pos // max(length, 1), 2), (length,), generator=gen)
+        pos[live] = (last_pos - steps.flip(0).cumsum(0).flip(0)).to(torch.int32)
+    return Sample(
+        state, pos, cu, used,
+        torch.randn(batch_size + 1, num_params, generator=gen) * std,
+        torch.arange(batch_size, 0, -1, dtype=torch.int32),
+        torch.rand(17, generator=gen) * 0.1, torch.rand(17, generator=gen) * 0.05 + 0.01,
+        torch.tensor(active or [True] * batch_size),
+    )  # fmt: skip
+
+
+def run(
+    op: str,
+    x: Sample,
+    log_transform: bool = False,
+    mlp: tuple[int, int, bool, bool] = (0, 0, False, False),
+    **kwargs: object,
+) -> Tensor:
+    names = "state pos params param_index mean var".split()
+    keep = {n: emulated.guarded(getattr(x, n)) for n in [*names, "cu_seqlens_k", "seqused_k"]}
+    active = emulated.guarded(x.active.to(torch.uint8))
+    scores = emulated.guarded(torch.full(x.pos.shape, -7.0))
+    params = emulated.ScoreParams(
+        emulated.segments(keep["cu_seqlens_k"], keep["seqused_k"], x.active.numel()),
+        *(keep[n].data_ptr() for n in names), active.data_ptr(), scores.data_ptr(),
+        x.params.shape[1], x.params.shape[0], log_transform, LOG_EPS, *mlp,
+    )  # fmt: skip
+    emulated.launch(op, params, x.pos.numel(), **kwargs)
+    return scores
+
+
+def expected(
+    op: str,
+    x: Sample,
+    log_transform: bool = False,
+    mlp: tuple[int, int, bool, bool] | None = None,
+) -> Tensor:
+    args = (
+        x.state.double(), x.pos, x.cu_seqlens_k, x.seqused_k, x.params.double(), x.param_index,
+        x.mean.double(), x.var.double(), x.active,
+    )  # fmt: skip
+    extra = {} if mlp is None else dict(zip(("hidden", "depth", "bias", "residual_first"), mlp))
+    return getattr(reference, op)(*args, log_transform=log_transform, log_eps=LOG_EPS, **extra)
+
+
+def live_rows(x: Sample) -> Tensor:
+    mask = torch.zeros(x.pos.numel(), dtype=torch.bool)
+    for start, used in zip(x.cu_seqlens_k.tolist(), x.seqused_k.tolist(), strict=False):
+        mask[start : start + used] = True
+    return mask
+
+
+def check(got: Tensor, exact: Tensor, x: Sample, tolerance: float) -> None:
+    live = live_rows(x)
+    assert (got[~live] == -7.0).all(), "dead rows were written"
+    error = (got[live].double() - exact[live]).norm() / exact[live].norm().clamp(min=1e-30)
+    assert error <= tolerance, f"relative error {error:.3e} > {tolerance:.0e}"
+
+
+FLOAT = 2e-5
+HALF = 2e-3  # x, z and g in fp16; kernels.md section 15
+
+
+@pytest.mark.parametrize("log_transform", [False, True])
+@pytest.mark.parametrize("simt", [False, True], ids=["mma", "simt"])
+def test_bam_scores(simt: bool, log_transform: bool) -> None:
+    """Ragged, empty and one-row segments, several tiles, an inactive row, two candidates."""
+    lengths = [[1, 290], [0, 40], [70, 8]] if not simt else [[1, 60], [0, 40], [70, 8]]
+    x = make_sample(lengths, active=[True, False, True])
+    got = run("bam_scores", x, log_transform, simt=simt)
+    check(got, expected("bam_scores", x, log_transform), x, FLOAT if simt else HALF)
+    row = slice(int(x.cu_seqlens_k[3]), int(x.cu_seqlens_k[3] + x.seqused_k[3]))
+    assert (got[row] == 0).all()
+
+
+def test_bam_scores_at_unit_weights() -> None:
+    x = make_sample([[150]], std=0.3)
+    check(run("bam_scores", x), expected("bam_scores", x), x, HALF)
+
+
+def test_bam_rows_out_of_range_are_done_again() -> None:
+    """Weights for which 2^(z.x) leaves the range of float, features that leave fp16."""
+    x = make_sample([[80]], std=1.5)
+    z_scale = reference.token_features(x.state[:80], x.pos[:80], x.mean, x.var, False, 0.0)
+    assert z_scale.abs().max() > 3
+    check(run("bam_scores", x), expected("bam_scores", x), x, 5e-2)
+    x = make_sample([[80]])
+    x.state[11, 3] = 1e6  # 1e7 standard deviations
+    got, exact = run("bam_scores", x), expected("bam_scores", x)
+    check(got, exact, x, 1e-3)
+
+
+def test_bam_scores_of_zero_parameters_are_zero() -> None:
+    x = make_sample([[70]], std=0.0)
+    assert (run("bam_scores", x)[:70] == 0).all()
+
+
+def test_bam_scores_show_nan() -> None:
+    """A NaN state gives NaN to its own row and to the older rows that see it, to no other."""
+    x = make_sample([[90]])
+    x.state[33, 5] = float("nan")
+    for simt in (False, True):
+        got = run("bam_scores", x, simt=simt)[:90]
+        assert got[:34].isnan().all() and got[34:].isfinite().all()
+
+
+@pytest.mark.parametrize("simt", [False, True], ids=["mma", "simt"])
+def test_same_bits_in_every_order_and_batch(simt: bool) -> None:
+    x = make_sample([[70, 3], [20, 66]])
+    results = [run("bam_scores", x, simt=simt, order=order) for order in emulated.ORDERS]
+    assert all(torch.equal(results[0], r) for r in results[1:])
+    start = int(x.cu_seqlens_k[2])
+    alone = Sample(
+        x.state[start:], x.pos[start:], x.cu_seqlens_k[2:] - start, x.seqused_k[2:], x.params,
+        x.param_index[1:], x.mean, x.var, x.active[1:],
+    )  # fmt: skip
+    live = live_rows(alone)
+    assert torch.equal(run("bam_scores", alone, simt=simt)[live], results[0][start:][live])
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [(25, 1, False, False), (25, 1, True, False), (25, 2, True, True), (7, 2, True, False),
+     (25, 4, False, True), (9, 4, True, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("log_transform", [False, True])
+def test_mlp_scores(mlp: tuple[int, int, bool, bool], log_transform: bool) -> None:
+    num_params = reference.num_mlp_params(*mlp[:3])
+    x = make_sample([[1, 130], [0, 40]], num_params, std=0.3, active=[True, False])
+    got = run("mlp_scores", x, log_transform, mlp, order=(5, 1))
+    check(got, expected("mlp_scores", x, log_transform, mlp), x, FLOAT)
