@@ -1,0 +1,63 @@
+// One check function per op. Every entry, CPU or CUDA, starts with it: it checks shapes, dtypes,
+// devices and strides, and fills the parameter struct that the kernels see.
+//
+// What it does not check are the numbers inside index tensors: on a GPU that would wait for the
+// device. values.h does so for the CPU.
+//
+// Outputs that an op allocates are null in the struct; the entry fills them in.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "namm_ext/params.h"
+
+namespace namm_ext {
+
+using torch::stable::Tensor;
+
+AppendParams check_append(const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& state,
+                          const Tensor& seqused_k, const Tensor& cu_seqlens_k, const Tensor& k_new,
+                          const Tensor& v_new, const Tensor& first, const Tensor& num_new,
+                          const Tensor& pos_first);
+
+AttendParams check_attend(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
+                          const Tensor& v, const Tensor& pos, const Tensor& cu_seqlens_k,
+                          const Tensor& seqused_k, const Tensor& first, const Tensor& num_new,
+                          const Tensor& pos_first, double softmax_scale);
+
+SpectrogramParams check_spectrogram(const Tensor& q_window, const Tensor& lse_window,
+                                    const Tensor& k, const Tensor& pos, const Tensor& state,
+                                    const Tensor& cu_seqlens_k, const Tensor& seqused_k,
+                                    const Tensor& pos_q, const Tensor& active, double softmax_scale,
+                                    double ema_coeff);
+
+ReceivedParams check_attention_received(const Tensor& q_window, const Tensor& lse_window,
+                                        const Tensor& k, const Tensor& pos,
+                                        const Tensor& cu_seqlens_k, const Tensor& seqused_k,
+                                        const Tensor& pos_q, const Tensor& active,
+                                        double softmax_scale, int64_t first_row);
+
+ScoreParams check_bam_scores(const Tensor& state, const Tensor& pos, const Tensor& cu_seqlens_k,
+                             const Tensor& seqused_k, const Tensor& params,
+                             const Tensor& param_index, const Tensor& mean, const Tensor& var,
+                             const Tensor& active, bool log_transform, double log_eps);
+
+ScoreParams check_mlp_scores(const Tensor& state, const Tensor& pos, const Tensor& cu_seqlens_k,
+                             const Tensor& seqused_k, const Tensor& params,
+                             const Tensor& param_index, const Tensor& mean, const Tensor& var,
+                             const Tensor& active, bool log_transform, double log_eps,
+                             int64_t hidden, int64_t depth, bool bias, bool residual_first);
+
+SelectParams check_select(const Tensor& scores, const Tensor& pos, const Tensor& cu_seqlens_k,
+                          const Tensor& seqused_k, const Tensor& active, double threshold,
+                          int64_t cache_size, const std::string& budget, bool fill,
+                          bool protect_newest, int64_t sink_tokens, int64_t recent_tokens);
+
+CompactParams check_compact(const Tensor& k, const Tensor& v, const Tensor& pos,
+                            const Tensor& state, const Tensor& cu_seqlens_k,
+                            const Tensor& seqused_k, const Tensor& keep, const Tensor& num_kept,
+                            const Tensor& cu_seqlens_new, int64_t capacity);
+
+}  // namespace namm_ext

@@ -1,0 +1,42 @@
+#include "check.h"
+#include "checks.h"
+
+namespace namm_ext {
+
+SelectParams check_select(const Tensor& scores, const Tensor& pos, const Tensor& cu_seqlens_k,
+                          const Tensor& seqused_k, const Tensor& active, double threshold,
+                          int64_t cache_size, const std::string& budget, bool fill,
+                          bool protect_newest, int64_t sink_tokens, int64_t recent_tokens) {
+  const Check check("select", scores, "scores");
+  SelectParams p{};
+  check.dense(scores, "scores", ScalarType::Float, {-1});
+  check.dense(pos, "pos", ScalarType::Int, {scores.size(0)});
+  check.dense(active, "active", ScalarType::Bool, {-1});
+  p.seg = check.segments(cu_seqlens_k, seqused_k, active.size(0), scores.size(0));
+  STD_TORCH_CHECK(!std::isnan(threshold), "select: threshold must not be NaN, got ", threshold);
+  STD_TORCH_CHECK(cache_size == -1 || (cache_size >= 1 && cache_size <= INT32_MAX),
+                  "select: cache_size must be -1 (none) or in [1, ", INT32_MAX, "], got ",
+                  cache_size);
+  STD_TORCH_CHECK(budget == "per_head" || budget == "per_layer",
+                  "select: budget must be 'per_head' or 'per_layer', got '", budget, "'");
+  STD_TORCH_CHECK(!fill || budget == "per_head",
+                  "select: fill must be False with budget 'per_layer', got True");
+  STD_TORCH_CHECK(sink_tokens >= 0 && sink_tokens <= INT32_MAX,
+                  "select: sink_tokens must be in [0, ", INT32_MAX, "], got ", sink_tokens);
+  STD_TORCH_CHECK(recent_tokens >= 0 && recent_tokens <= INT32_MAX,
+                  "select: recent_tokens must be in [0, ", INT32_MAX, "], got ", recent_tokens);
+
+  p.scores = input<float>(scores);
+  p.pos = input<int32_t>(pos);
+  p.active = static_cast<const uint8_t*>(active.const_data_ptr());
+  p.threshold = static_cast<float>(threshold);
+  p.cache_size = static_cast<int32_t>(cache_size);
+  p.budget = budget == "per_head" ? Budget::kPerHead : Budget::kPerLayer;
+  p.fill = fill;
+  p.protect_newest = protect_newest;
+  p.sink_tokens = static_cast<int32_t>(sink_tokens);
+  p.recent_tokens = static_cast<int32_t>(recent_tokens);
+  return p;
+}
+
+}  // namespace namm_ext

@@ -1,0 +1,84 @@
+#include "values.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+namespace namm_ext {
+namespace {
+
+void check_columns(const char* op, const int32_t* first, const int32_t* num_new, int64_t batch_size,
+                   int64_t num_cols) {
+  for (int64_t b = 0; b < batch_size; ++b) {
+    STD_TORCH_CHECK(first[b] >= 0 && num_new[b] >= 0 && int64_t{first[b]} + num_new[b] <= num_cols,
+                    op, ": first[", b, "] and first[", b, "] + num_new[", b, "] must be in [0, ",
+                    num_cols, "], got ", first[b], " and ", int64_t{first[b]} + num_new[b]);
+  }
+}
+
+}  // namespace
+
+void check_values(const char* op, const Segments& seg, int64_t capacity) {
+  const int64_t num_segments = int64_t{seg.batch_size} * seg.num_kv_heads;
+  const int32_t* cu = seg.cu_seqlens_k;
+  STD_TORCH_CHECK(cu[0] == 0, op, ": cu_seqlens_k must start with 0, got ", cu[0]);
+  for (int64_t s = 0; s < num_segments; ++s) {
+    STD_TORCH_CHECK(cu[s] <= cu[s + 1], op, ": cu_seqlens_k must not decrease, got ", cu[s],
+                    " before ", cu[s + 1]);
+    STD_TORCH_CHECK(seg.seqused_k[s] >= 0 && seg.seqused_k[s] <= cu[s + 1] - cu[s], op,
+                    ": seqused_k[", s, "] must be in [0, ", cu[s + 1] - cu[s], "], got ",
+                    seg.seqused_k[s]);
+  }
+  STD_TORCH_CHECK(cu[num_segments] <= capacity, op, ": cu_seqlens_k must end at ", capacity,
+                  " or before, got ", cu[num_segments]);
+}
+
+void check_values(const AppendParams& p, int64_t capacity, int64_t num_cols) {
+  check_values("append_", Segments{p.cu_seqlens_k, p.seqused_k, p.batch_size, p.num_kv_heads},
+               capacity);
+  check_columns("append_", p.first, p.num_new, p.batch_size, num_cols);
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    STD_TORCH_CHECK(p.pos_first[b] >= 0 && int64_t{p.pos_first[b]} + p.num_new[b] <= INT32_MAX,
+                    "append_: pos_first[", b, "] must be in [0, ", INT32_MAX - p.num_new[b],
+                    "], got ", p.pos_first[b]);
+    for (int64_t s = b * p.num_kv_heads; s < (b + 1) * p.num_kv_heads; ++s) {
+      const int32_t room = p.cu_seqlens_k[s + 1] - p.cu_seqlens_k[s] - p.seqused_k[s];
+      STD_TORCH_CHECK(p.num_new[b] <= room, "append_: num_new[", b,
+                      "] must be at most the room of ", room, " rows in segment ", s, ", got ",
+                      p.num_new[b]);
+    }
+  }
+}
+
+void check_values(const AttendParams& p, int64_t capacity) {
+  check_values("attend_", p.seg, capacity);
+  check_columns("attend_", p.first, p.num_new, p.seg.batch_size, p.num_cols);
+}
+
+void check_values(const char* op, const ScoreParams& p, int64_t capacity) {
+  check_values(op, p.seg, capacity);
+  for (int32_t b = 0; b < p.seg.batch_size; ++b) {
+    STD_TORCH_CHECK(p.param_index[b] >= 0 && p.param_index[b] < p.num_candidates, op,
+                    ": param_index[", b, "] must be in [0, ", p.num_candidates, "), got ",
+                    p.param_index[b]);
+  }
+}
+
+void check_values(const CompactParams& p, int64_t capacity, int64_t capacity_new) {
+  check_values("compact", p.seg, capacity);
+  const int64_t num_segments = int64_t{p.seg.batch_size} * p.seg.num_kv_heads;
+  const int32_t* cu = p.cu_seqlens_new;
+  STD_TORCH_CHECK(cu[0] == 0, "compact: cu_seqlens_new must start with 0, got ", cu[0]);
+  for (int64_t s = 0; s < num_segments; ++s) {
+    const uint8_t* keep = p.keep + p.seg.cu_seqlens_k[s];
+    int32_t kept = 0;
+    for (int32_t i = 0; i < p.seg.seqused_k[s]; ++i) kept += keep[i] != 0;
+    STD_TORCH_CHECK(p.num_kept[s] == kept, "compact: num_kept[", s, "] must be ", kept, ", got ",
+                    p.num_kept[s]);
+    STD_TORCH_CHECK(int64_t{cu[s + 1]} - cu[s] >= kept, "compact: slot ", s,
+                    " of cu_seqlens_new must hold ", kept, " rows, got ",
+                    int64_t{cu[s + 1]} - cu[s]);
+  }
+  STD_TORCH_CHECK(cu[num_segments] <= capacity_new, "compact: capacity must be at least ",
+                  cu[num_segments], ", got ", capacity_new);
+}
+
+}  // namespace namm_ext

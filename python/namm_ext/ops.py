@@ -1,0 +1,671 @@
+"""Fused operators on a ragged KV cache: typed functions over ``torch.ops.namm_ext``.
+
+The store of one layer is flat. A *segment* is one (batch row, KV head) pair,
+``s = b * num_kv_heads + h``; it owns rows ``[cu_seqlens_k[s], cu_seqlens_k[s + 1])`` of every
+per-token tensor, of which the first ``seqused_k[s]`` are live, oldest first. Rows behind them are
+room for new tokens: they may hold anything, NaN included, are never read, and are unspecified in
+results.
+
+Sizes: B batch rows, H KV heads, S = B * H segments, G query heads per KV head (query head
+``h * G + g`` belongs to KV head h), D ``head_dim``, Dv ``head_dim_v``, L new columns, C rows of the
+store. Keys, values and queries are float32, bfloat16 or float16 (one dtype per call), contiguous in
+their last dimension; the tensors of the store are contiguous. Index tensors are int32, ``active``
+is bool, everything else float32. All arguments are on one device.
+
+**float64** inputs go to :mod:`namm_ext.reference`, which has the same functions in plain torch, so
+that a whole model can be checked in double precision.
+
+The numbers inside index tensors are checked on the CPU, before anything is written. On CUDA that
+would wait for the device, so there they are the caller's promise.
+
+None of the ops is differentiable: with gradients enabled, an argument that requires them is an
+error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library as _library  # loads torch.ops.namm_ext
+from . import reference
+
+_ops = torch.ops.namm_ext
+_float64 = torch.float64
+
+
+def append_(
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    state: Tensor,
+    seqused_k: Tensor,
+    cu_seqlens_k: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    first: Tensor,
+    num_new: Tensor,
+    pos_first: Tensor,
+) -> None:
+    """Put new tokens behind the live rows of their segments, in place.
+
+    Row b brings columns ``[first[b], first[b] + num_new[b])``; the i-th of them gets position
+    ``pos_first[b] + i`` and a zero state. ``seqused_k`` grows by ``num_new[b]``.
+
+    Args:
+        k: ``[C, D]``, written.
+        v: ``[C, Dv]``, written.
+        pos: ``[C]`` int32 positions, written.
+        state: ``[C, F]`` float32, written; F may be 0.
+        seqused_k: ``[S]`` int32, written.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        k_new: ``[B, H, L, D]`` keys after RoPE, any strides over the first three dimensions.
+        v_new: ``[B, H, L, Dv]``.
+        first: ``[B]`` int32, first column that is a real token.
+        num_new: ``[B]`` int32, number of real tokens.
+        pos_first: ``[B]`` int32, position of the first of them, above those in the segment.
+
+    Raises:
+        RuntimeError: if an argument differs from the above, or (CPU) a segment has no room for
+            its new rows. Nothing has been written then.
+
+    Bit-exact on every device.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> k, v, pos, state = torch.zeros(3, 1), torch.zeros(3, 1), i32(0, 0, 0), torch.zeros(3, 0)
+        >>> used, new = i32(1), torch.tensor([5.0, 6.0]).view(1, 1, 2, 1)
+        >>> append_(k, v, pos, state, used, i32(0, 3), new, new, i32(0), i32(2), i32(7))
+        >>> k.flatten().tolist(), pos.tolist(), used.tolist()
+        ([0.0, 5.0, 6.0], [0, 7, 8], [3])
+    """
+    if k.dtype is _float64 or state.dtype is _float64:
+        reference.append_(
+            k, v, pos, state, seqused_k, cu_seqlens_k, k_new, v_new, first, num_new, pos_first
+        )
+        return
+    _ops.append_.default(
+        k, v, pos, state, seqused_k, cu_seqlens_k, k_new, v_new, first, num_new, pos_first
+    )
+
+
+def attend_(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    first: Tensor,
+    num_new: Tensor,
+    pos_first: Tensor,
+    *,
+    softmax_scale: float,
+) -> None:
+    """Softmax attention of new queries over the ragged segments, causal by position, in place.
+
+    Query column c of row b stands at ``pos_first[b] + c - first[b]`` and sees the live rows with
+    ``pos`` up to that; their positions increase. A query that sees nothing gets ``out = 0`` and
+    ``lse = -inf``. Columns outside ``[first, first + num_new)`` are left as they are.
+
+    Args:
+        out: ``[B, L, H * G, Dv]``, written; contiguous in its last dimension.
+        lse: ``[B, H * G, L]`` float32, written: natural logarithm of the sum of exponentials of
+            the scaled products.
+        q: ``[B, H * G, L, D]`` queries after RoPE, any strides over the first three dimensions.
+        k: ``[C, D]``.
+        v: ``[C, Dv]``.
+        pos: ``[C]`` int32.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        seqused_k: ``[S]`` int32.
+        first: ``[B]`` int32, first real column.
+        num_new: ``[B]`` int32, number of real columns.
+        pos_first: ``[B]`` int32, position of the first of them.
+        softmax_scale: factor on the products, usually ``D ** -0.5``.
+
+    Raises:
+        RuntimeError: if an argument differs from the above.
+
+    Deterministic; a row's result does not depend on the other rows of the batch.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> out, lse, one = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> attend_(out, lse, one, torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]), i32(0, 1),
+        ...         i32(0, 2), i32(2), i32(0), i32(1), i32(1), softmax_scale=1.0)
+        >>> out.item(), round(lse.item(), 4)
+        (2.0, 0.6931)
+    """
+    if q.dtype is _float64:
+        reference.attend_(
+            out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first,
+            softmax_scale=softmax_scale,
+        )  # fmt: skip
+        return
+    _ops.attend_.default(
+        out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first, softmax_scale
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    first: Tensor,
+    num_new: Tensor,
+    pos_first: Tensor,
+    *,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend_` into new tensors.
+
+    Columns outside ``[first, first + num_new)`` have ``out = 0`` and ``lse = -inf``.
+
+    Args:
+        q: ``[B, H * G, L, D]``.
+        k: ``[C, D]``.
+        v: ``[C, Dv]``.
+        pos: ``[C]`` int32.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        seqused_k: ``[S]`` int32.
+        first: ``[B]`` int32.
+        num_new: ``[B]`` int32.
+        pos_first: ``[B]`` int32.
+        softmax_scale: factor on the products.
+
+    Returns:
+        ``out [B, L, H * G, Dv]`` in the dtype of ``q`` and ``lse [B, H * G, L]`` float32 (float64
+        for float64 queries).
+
+    Raises:
+        RuntimeError: as :func:`attend_`.
+
+    Deterministic; a row's result does not depend on the other rows of the batch.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> out, lse = attend(torch.ones(1, 1, 1, 1), torch.zeros(2, 1), torch.ones(2, 1),
+        ...                   i32(0, 1), i32(0, 2), i32(2), i32(0), i32(1), i32(1),
+        ...                   softmax_scale=1.0)
+        >>> out.item(), tuple(lse.shape)
+        (1.0, (1, 1, 1))
+    """
+    batch_size, num_heads, num_cols, _ = q.shape
+    out = q.new_zeros(batch_size, num_cols, num_heads, v.shape[-1])
+    dtype = _float64 if q.dtype is _float64 else torch.float32
+    lse = q.new_full((batch_size, num_heads, num_cols), -torch.inf, dtype=dtype)
+    attend_(
+        out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first,
+        softmax_scale=softmax_scale,
+    )  # fmt: skip
+    return out, lse
+
+
+def spectrogram(
+    q_window: Tensor,
+    lse_window: Tensor,
+    k: Tensor,
+    pos: Tensor,
+    state: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    pos_q: Tensor,
+    active: Tensor,
+    *,
+    softmax_scale: float,
+    ema_coeff: float,
+) -> Tensor:
+    """Spectrum of the attention each key received in a period, folded into its running average.
+
+    ``P = exp(q k^T * softmax_scale - lse)`` is recomputed, averaged over the G heads of a group,
+    windowed (Hann, 32 rows every 16), Fourier-transformed; the 17 magnitudes of the frames enter
+    ``E <- a E + (1 - a) Y`` with ``a = ema_coeff ** 16``. Window row i stands at ``pos_q[b] + i``;
+    P is 0 where ``pos`` is larger than that.
+
+    Args:
+        q_window: ``[B, H * G, 16 + n_up, D]``, the last 16 queries of the previous period, then
+            those of this one; n_up is a positive multiple of 16.
+        lse_window: ``[B, H * G, 16 + n_up]`` float32, finite; contiguous in its last dimension.
+        k: ``[C, D]``.
+        pos: ``[C]`` int32.
+        state: ``[C, 17]`` float32, E before the period; zero for keys born in it.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        seqused_k: ``[S]`` int32.
+        pos_q: ``[B]`` int32, position of window row 0; negative before the start of a sequence.
+        active: ``[B]`` bool; rows that are not keep their state.
+        softmax_scale: the factor attention used.
+        ema_coeff: per token, in [0, 1].
+
+    Returns:
+        ``[C, 17]`` float32, E after the period.
+
+    Raises:
+        RuntimeError: if an argument differs from the above.
+
+    Deterministic; a segment's result does not depend on the other rows of the batch.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> new = spectrogram(torch.zeros(1, 1, 32, 4), torch.zeros(1, 1, 32), torch.zeros(1, 4),
+        ...                   i32(0), torch.zeros(1, 17), i32(0, 1), i32(1), i32(0),
+        ...                   torch.tensor([True]), softmax_scale=0.5, ema_coeff=0.5 ** (1 / 16))
+        >>> [round(x, 4) for x in new[0, :3].tolist()]
+        [8.0, 4.0, 0.0]
+    """
+    if q_window.dtype is _float64 or state.dtype is _float64:
+        return reference.spectrogram(
+            q_window, lse_window, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active,
+            softmax_scale=softmax_scale, ema_coeff=ema_coeff,
+        )  # fmt: skip
+    return _ops.spectrogram.default(
+        q_window, lse_window, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active,
+        softmax_scale, ema_coeff,
+    )  # fmt: skip
+
+
+def attention_received(
+    q_window: Tensor,
+    lse_window: Tensor,
+    k: Tensor,
+    pos: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    pos_q: Tensor,
+    active: Tensor,
+    *,
+    softmax_scale: float,
+    first_row: int,
+) -> Tensor:
+    """Attention each key received from the window's queries, summed.
+
+    The group mean of P, as in :func:`spectrogram`, summed over window rows from ``first_row`` on.
+
+    Args:
+        q_window: ``[B, H * G, 16 + n_up, D]``.
+        lse_window: ``[B, H * G, 16 + n_up]`` float32.
+        k: ``[C, D]``.
+        pos: ``[C]`` int32.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        seqused_k: ``[S]`` int32.
+        pos_q: ``[B]`` int32.
+        active: ``[B]`` bool.
+        softmax_scale: the factor attention used.
+        first_row: in ``[0, 16 + n_up]``; 16 leaves the previous period's queries out.
+
+    Returns:
+        ``[C]`` float32 (float64 for float64 queries); zero for rows that are not active.
+
+    Raises:
+        RuntimeError: if an argument differs from the above.
+
+    Deterministic; a segment's result does not depend on the other rows of the batch.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> attention_received(torch.zeros(1, 1, 32, 4), torch.zeros(1, 1, 32), torch.zeros(1, 4),
+        ...                    i32(0), i32(0, 1), i32(1), i32(0), torch.tensor([True]),
+        ...                    softmax_scale=0.5, first_row=16)
+        tensor([16.])
+    """
+    if q_window.dtype is _float64:
+        return reference.attention_received(
+            q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q, active,
+            softmax_scale=softmax_scale, first_row=first_row,
+        )  # fmt: skip
+    return _ops.attention_received.default(
+        q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q, active,
+        softmax_scale, first_row,
+    )  # fmt: skip
+
+
+def bam_scores(
+    state: Tensor,
+    pos: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    params: Tensor,
+    param_index: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    active: Tensor,
+    *,
+    log_transform: bool,
+    log_eps: float,
+) -> Tensor:
+    """One score per live token by backward attention memory: each token looks at newer ones.
+
+    Input of a token: sines and cosines of its age (newest position of the segment minus its own),
+    then ``(state - mean) / max(sqrt(var), 1e-7)``; with ``log_transform``, of
+    ``log(state + log_eps)`` and clamped to +-20.
+
+    Args:
+        state: ``[C, 17]`` float32.
+        pos: ``[C]`` int32, increasing inside a segment.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        seqused_k: ``[S]`` int32.
+        params: ``[P, 4172]`` float32 bank of parameter vectors.
+        param_index: ``[B]`` int32, the vector of each batch row.
+        mean: ``[17]`` float32.
+        var: ``[17]`` float32.
+        active: ``[B]`` bool.
+        log_transform: whether to take logarithms.
+        log_eps: added below the logarithm.
+
+    Returns:
+        ``[C]`` float32 (float64 for a float64 state); zero for rows that are not active.
+
+    Raises:
+        RuntimeError: if an argument differs from the above; on the CPU also if ``param_index``
+            points outside the bank.
+
+    Deterministic; a segment's result does not depend on the other rows of the batch.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> bam_scores(torch.ones(2, 17), i32(0, 1), i32(0, 2), i32(2), torch.zeros(1, 4172),
+        ...            i32(0), torch.zeros(17), torch.ones(17), torch.tensor([True]),
+        ...            log_transform=False, log_eps=0.0)
+        tensor([0., 0.])
+    """
+    if state.dtype is _float64:
+        return reference.bam_scores(
+            state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
+            log_transform=log_transform, log_eps=log_eps,
+        )  # fmt: skip
+    return _ops.bam_scores.default(
+        state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
+        log_transform, log_eps,
+    )  # fmt: skip
+
+
+def mlp_scores(
+    state: Tensor,
+    pos: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    params: Tensor,
+    param_index: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    active: Tensor,
+    *,
+    log_transform: bool,
+    log_eps: float,
+    hidden: int,
+    depth: int,
+    bias: bool,
+    residual_first: bool,
+) -> Tensor:
+    """One score per live token by a small ReLU network that sees that token alone.
+
+    Input as in :func:`bam_scores`. Depth 1 is a linear map; from depth 3 on, the layers between
+    the first and the last compute ``h + relu(h)``, as the original does.
+
+    Args:
+        state: ``[C, 17]`` float32.
+        pos: ``[C]`` int32.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        seqused_k: ``[S]`` int32.
+        params: ``[P, n]`` float32; per layer the weight ``[in][out]``, then the bias.
+        param_index: ``[B]`` int32.
+        mean: ``[17]`` float32.
+        var: ``[17]`` float32.
+        active: ``[B]`` bool.
+        log_transform: whether to take logarithms.
+        log_eps: added below the logarithm.
+        hidden: width of the hidden layers.
+        depth: number of layers, at least 1.
+        bias: whether layers have one.
+        residual_first: add the input to the first hidden layer; needs ``hidden == 25``.
+
+    Returns:
+        ``[C]`` float32 (float64 for a float64 state); zero for rows that are not active.
+
+    Raises:
+        RuntimeError: if an argument differs from the above; on the CPU also if ``param_index``
+            points outside the bank.
+
+    Deterministic; a token's result does not depend on the others but the newest.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> mlp_scores(torch.ones(2, 17), i32(0, 1), i32(0, 2), i32(2), torch.zeros(1, 25),
+        ...            i32(0), torch.zeros(17), torch.ones(17), torch.tensor([True]),
+        ...            log_transform=False, log_eps=0.0, hidden=25, depth=1, bias=False,
+        ...            residual_first=False)
+        tensor([0., 0.])
+    """
+    if state.dtype is _float64:
+        return reference.mlp_scores(
+            state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
+            log_transform=log_transform, log_eps=log_eps, hidden=hidden, depth=depth, bias=bias,
+            residual_first=residual_first,
+        )  # fmt: skip
+    return _ops.mlp_scores.default(
+        state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
+        log_transform, log_eps, hidden, depth, bias, residual_first,
+    )  # fmt: skip
+
+
+def select(
+    scores: Tensor,
+    pos: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    active: Tensor,
+    *,
+    threshold: float,
+    cache_size: int,
+    budget: str,
+    fill: bool,
+    protect_newest: bool,
+    sink_tokens: int,
+    recent_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Decide which live rows stay.
+
+    Candidates are rows with ``score >= threshold`` and forced rows. A budget keeps the first of
+    them in the order: forced (a segment's newest before the others), score descending, position
+    descending (the newer token wins a tie), head ascending. -0 equals +0.
+
+    Args:
+        scores: ``[C]`` float32.
+        pos: ``[C]`` int32, not negative, increasing inside a segment.
+        cu_seqlens_k: ``[S + 1]`` int32.
+        seqused_k: ``[S]`` int32.
+        active: ``[B]`` bool; rows that are not keep everything.
+        threshold: ``-inf`` for none.
+        cache_size: -1 for none, else at least 1.
+        budget: "per_head": at most ``cache_size`` rows per segment. "per_layer": at most
+            ``cache_size * H`` per batch row, shared by its segments.
+        fill: the released code's rule: every segment of a batch row keeps as many as the one that
+            keeps most, filled up in the same order. Only with "per_head".
+        protect_newest: force the newest row of each segment.
+        sink_tokens: force rows with ``pos`` below it.
+        recent_tokens: force rows whose age is below it.
+
+    Returns:
+        ``keep [C]`` uint8, 1 for live rows that stay, and ``num_kept [S]`` int32. **A segment with
+        a NaN score has num_kept -1: check for it.**
+
+    Raises:
+        RuntimeError: if an argument differs from the above.
+
+    Equal on every device.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> keep, num_kept = select(
+        ...     torch.tensor([1.0, -1.0, -2.0]), i32(0, 1, 2), i32(0, 3), i32(3),
+        ...     torch.tensor([True]), threshold=0.0, cache_size=-1, budget="per_head", fill=False,
+        ...     protect_newest=True, sink_tokens=0, recent_tokens=0)
+        >>> keep.tolist(), num_kept.tolist()
+        ([1, 0, 1], [2])
+    """
+    if scores.dtype is _float64:
+        return reference.select(
+            scores, pos, cu_seqlens_k, seqused_k, active,
+            threshold=threshold, cache_size=cache_size, budget=budget, fill=fill,
+            protect_newest=protect_newest, sink_tokens=sink_tokens, recent_tokens=recent_tokens,
+        )  # fmt: skip
+    return _ops.select.default(
+        scores, pos, cu_seqlens_k, seqused_k, active, threshold, cache_size, budget, fill,
+        protect_newest, sink_tokens, recent_tokens,
+    )  # fmt: skip
+
+
+def compact(
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    state: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor,
+    keep: Tensor,
+    num_kept: Tensor,
+    cu_seqlens_new: Tensor,
+    *,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copy the kept rows of every segment, in order, into a new store with its own slots.
+
+    The result owns its memory, so dropping the old store really frees the evicted rows.
+
+    Args:
+        k: ``[C, D]``.
+        v: ``[C, Dv]``.
+        pos: ``[C]`` int32.
+        state: ``[C, F]`` float32.
+        cu_seqlens_k: ``[S + 1]`` int32 of the old store.
+        seqused_k: ``[S]`` int32 of the old store.
+        keep: ``[C]`` uint8, 1 for live rows that stay.
+        num_kept: ``[S]`` int32, the number of ones among the live rows.
+        cu_seqlens_new: ``[S + 1]`` int32 of the new store; slot s holds at least ``num_kept[s]``.
+        capacity: rows of the new store, ``cu_seqlens_new[S]``.
+
+    Returns:
+        ``k, v, pos, state`` with ``capacity`` rows; the new ``seqused_k`` is ``num_kept``.
+
+    Raises:
+        RuntimeError: if an argument differs from the above; on the CPU also if ``num_kept``
+            disagrees with ``keep`` or a slot is too short.
+
+    Bit-exact on every device.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> k = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> new_k, _, new_pos, _ = compact(
+        ...     k, k, i32(0, 1, 2), torch.zeros(3, 0), i32(0, 3), i32(3),
+        ...     torch.tensor([1, 0, 1], dtype=torch.uint8), i32(2), i32(0, 2), capacity=2)
+        >>> new_k.flatten().tolist(), new_pos.tolist()
+        ([1.0, 3.0], [0, 2])
+    """
+    if k.dtype is _float64 or state.dtype is _float64:
+        return reference.compact(
+            k, v, pos, state, cu_seqlens_k, seqused_k, keep, num_kept, cu_seqlens_new,
+            capacity=capacity,
+        )  # fmt: skip
+    return _ops.compact.default(
+        k, v, pos, state, cu_seqlens_k, seqused_k, keep, num_kept, cu_seqlens_new, capacity
+    )
+
+
+# What torch.compile needs to know: shapes and dtypes of the results ---------------------------------
+
+
+@torch.library.register_fake("namm_ext::append_")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("namm_ext::attend_")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("namm_ext::spectrogram")
+def _(
+    q_window: Tensor, lse_window: Tensor, k: Tensor, pos: Tensor, state: Tensor, *_: Any
+) -> Tensor:
+    return state.new_empty(state.shape)
+
+
+@torch.library.register_fake("namm_ext::attention_received")
+def _(q_window: Tensor, lse_window: Tensor, k: Tensor, *_: Any) -> Tensor:
+    return lse_window.new_empty(k.shape[0])
+
+
+@torch.library.register_fake("namm_ext::bam_scores")
+def _(state: Tensor, *_: Any) -> Tensor:
+    return state.new_empty(state.shape[0])
+
+
+@torch.library.register_fake("namm_ext::mlp_scores")
+def _(state: Tensor, *_: Any) -> Tensor:
+    return state.new_empty(state.shape[0])
+
+
+@torch.library.register_fake("namm_ext::select")
+def _(
+    scores: Tensor, pos: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return scores.new_empty(scores.shape, dtype=torch.uint8), seqused_k.new_empty(seqused_k.shape)
+
+
+@torch.library.register_fake("namm_ext::compact")
+def _(
+    k: Tensor, v: Tensor, pos: Tensor, state: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    capacity = rest[-1]
+    return (
+        k.new_empty(capacity, k.shape[1]),
+        v.new_empty(capacity, v.shape[1]),
+        pos.new_empty(capacity),
+        state.new_empty(capacity, state.shape[1]),
+    )
+
+
+# Gradients: an op without a formula would silently return results that carry none -------------------
+
+_autograd = torch.library.Library("namm_ext", "IMPL")
+
+
+def _refuse_gradients(name: str) -> None:
+    op = getattr(_ops, name).default
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            names = [a.name for a in op._schema.arguments]
+            guilty = next(
+                n
+                for n, a in zip(names, args, strict=False)
+                if isinstance(a, Tensor) and a.requires_grad
+            )
+            raise RuntimeError(
+                f"{name}: {guilty} must not require grad, got requires_grad=True; "
+                "the op is not differentiable, call it under torch.no_grad()"
+            )
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _autograd.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+for _name in (
+    "append_",
+    "attend_",
+    "spectrogram",
+    "attention_received",
+    "bam_scores",
+    "mlp_scores",
+    "select",
+    "compact",
+):
+    _refuse_gradients(_name)
