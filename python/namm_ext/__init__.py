@@ -53,7 +53,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-        globals()[name] = value  # the module `patch` would otherwise hide the function
+        globals()[name] = value
         return value
     if name in _LAZY_MODULES:
         return importlib.import_module(f".{name}", __name__)

@@ -578,7 +578,7 @@ def compact(
     )
 
 
-# What torch.compile needs to know: shapes and dtypes of the results ---------------------------------
+# What torch.compile needs to know: shapes and dtypes of the results --------------------------
 
 
 @torch.library.register_fake("namm_ext::append_")
@@ -633,7 +633,7 @@ def _(
     )
 
 
-# Gradients: an op without a formula would silently return results that carry none -------------------
+# Gradients: an op without a formula would silently return results that carry none -------------
 
 _autograd = torch.library.Library("namm_ext", "IMPL")
 
