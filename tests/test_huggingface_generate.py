@@ -248,6 +248,40 @@ def test_reset_starts_again(model, policy):
     remove(model)
 
 
+ROWS = {
+    "reorder": (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "select": (lambda c: c.batch_select_indices(torch.tensor([False, True, True])), [1, 2]),
+    "repeat": (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@torch.no_grad()
+def test_rows_take_everything_along(model, policy, name):
+    """Clocks, padding and parameter vectors move with the rows they belong to."""
+    change, rows = ROWS[name]
+    bank = policy.with_params(torch.stack([policy.params, -policy.params, 2 * policy.params]))
+    ids = tokens(3, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :7], mask[2, :20] = 0, 0
+    cache = NAMMCache(model, bank, param_index=[0, 1, 2])
+    fresh = NAMMCache(model, bank, param_index=rows)
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    change(cache)
+    ids, mask = ids[rows], mask[rows]
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=fresh)
+    got, want = (
+        model(ids[:, 30:], attention_mask=mask, past_key_values=c).logits for c in (cache, fresh)
+    )
+    torch.testing.assert_close(got, want)
+    assert cache.layers[0].kv.seen == fresh.layers[0].kv.seen
+    for row in range(len(rows)):
+        assert [positions(x, row) for x in cache.layers] == [
+            positions(x, row) for x in fresh.layers
+        ]
+    remove(model)
+
+
 # Crop ---------------------------------------------------------------------------------------------
 
 
