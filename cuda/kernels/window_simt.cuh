@@ -24,7 +24,7 @@ __device__ constexpr DftFloats kDftFloats = make_dft_floats();
 NAMM_DEVICE int first_hop(int pos, int pos_q) { return pos > pos_q ? (pos - pos_q) / kHop : 0; }
 
 template <class T, bool kReceived>
-__global__ void __launch_bounds__(kSimtThreads)
+__global__ void __launch_bounds__(kSimtThreads, 4)
     window_simt_kernel(const __grid_constant__ Window w, const float* state, float* out,
                        float frame_decay, float period_decay, int first_row) {
   NAMM_SHARED(float, q_slice, kHop * kSimtSlice);
