@@ -59,6 +59,10 @@ std::string to_string(const Sizes& sizes) {
   return text.str();
 }
 
+inline std::string device_name(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
+}
+
 class Check {
  public:
   // anchor: the argument whose device all others must share.
@@ -106,7 +110,8 @@ class Check {
   void device(const Tensor& t, const char* name) const {
     STD_TORCH_CHECK(
         t.is_cuda() == anchor_.is_cuda() && t.get_device_index() == anchor_.get_device_index(), op_,
-        ": ", name, " must be on the device of ", anchor_name_, ", got another one");
+        ": ", name, " must be on the device of ", anchor_name_, " (", device_name(anchor_),
+        "), got ", device_name(t));
   }
 
   // Storage type of keys, values and queries.

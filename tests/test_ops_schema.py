@@ -1,0 +1,315 @@
+"""What PyTorch asks of an op: schema, fake kernel, gradients, torch.compile; and our messages."""
+
+import inspect
+import math
+import re
+
+import pytest
+import torch
+
+import namm_ext
+from namm_ext import ops, reference, testing
+
+OPS = (
+    "append_",
+    "attend_",
+    "spectrogram",
+    "attention_received",
+    "bam_scores",
+    "mlp_scores",
+    "select",
+    "compact",
+)
+
+
+def sample(op, case="ragged", dtype=torch.float32, device="cpu"):
+    """Arguments by name. Functional ops get stores without room: dead rows are unspecified."""
+    grows = op in ("append_", "attend_")
+    store = testing.ragged_store(case, dtype=dtype, device=device, room=4 if grows else 0)
+    if grows:
+        # opcheck compares all of a mutated argument, and NaN differs from itself.
+        for tensor in (store.k, store.v, store.state):
+            tensor.nan_to_num_()
+    layout = {"cu_seqlens_k": store.cu_seqlens_k, "seqused_k": store.seqused_k}
+    active = torch.tensor([True, False], device=device)
+    scorer = {
+        "state": store.state,
+        "pos": store.pos,
+        **layout,
+        "param_index": torch.tensor([1, 0], dtype=torch.int32, device=device),
+        "mean": torch.zeros(17, device=device),
+        "var": torch.ones(17, device=device),
+        "active": active,
+        "log_transform": True,
+        "log_eps": 1e-3,
+    }
+    if grows:
+        new = testing.new_tokens(store, (3, 2), num_groups=2, num_cols=4)
+        new = {n: t.nan_to_num() if t.is_floating_point() else t for n, t in new.items()}
+        columns = {n: new[n] for n in ("first", "num_new", "pos_first")}
+        tensors = {"k": store.k, "v": store.v, "pos": store.pos, **layout, **columns}
+        if op == "append_":
+            return {**tensors, "state": store.state, "k_new": new["k_new"], "v_new": new["v_new"]}
+        q = new["q"]
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], store.v.shape[1])
+        lse = torch.zeros(q.shape[:3], device=device)
+        return {**tensors, "q": q, "out": out, "lse": lse, "softmax_scale": 0.2}
+    if op in ("spectrogram", "attention_received"):
+        args = {"k": store.k, "pos": store.pos, **layout, "active": active, "softmax_scale": 0.2}
+        args |= testing.window(store, scale=0.2)
+        if op == "spectrogram":
+            return args | {"state": store.state, "ema_coeff": 0.99}
+        return args | {"first_row": 16}
+    if op == "bam_scores":
+        return scorer | {"params": testing.bank(2, 4172, device=device)}
+    if op == "mlp_scores":
+        sizes = {"hidden": 25, "depth": 2, "bias": True, "residual_first": True}
+        return scorer | {"params": testing.bank(2, 676, device=device)} | sizes
+    if op == "select":
+        return {
+            "scores": store.state[:, 0].contiguous() - 2, "pos": store.pos, **layout,
+            "active": active, "threshold": 0.0, "cache_size": 20, "budget": "per_head",
+            "fill": True, "protect_newest": True, "sink_tokens": 2, "recent_tokens": 3,
+        }  # fmt: skip
+    tensors = {"k": store.k, "v": store.v, "pos": store.pos, "state": store.state, **layout}
+    total = store.k.shape[0]
+    return tensors | {
+        "keep": torch.ones(total, dtype=torch.uint8, device=device),
+        "num_kept": store.seqused_k.clone(),
+        "cu_seqlens_new": store.cu_seqlens_k.clone(),
+        "capacity": total,
+    }
+
+
+def positional(op, args):
+    schema = getattr(torch.ops.namm_ext, op).default._schema
+    return [args[argument.name] for argument in schema.arguments]
+
+
+def call(op, args):
+    """Through the typed wrapper: tensors by position, the rest by keyword."""
+    tensors = [a for a in positional(op, args) if isinstance(a, torch.Tensor)]
+    rest = {n: a for n, a in args.items() if not isinstance(a, torch.Tensor)}
+    return getattr(ops, op)(*tensors, **rest)
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [("ragged", torch.float32), ("some_empty", torch.bfloat16), ("one_row", torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, case, dtype, device):
+    torch.library.opcheck(
+        getattr(torch.ops.namm_ext, op).default, positional(op, sample(op, case, dtype, device))
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_a_graph_break(op):
+    args = sample(op)
+    expected_args = {
+        n: a.clone() if isinstance(a, torch.Tensor) else a for n, a in args.items()
+    }
+    expected = call(op, expected_args)
+    names = [a.name for a in getattr(torch.ops.namm_ext, op).default._schema.arguments]
+    tensors = {n: args[n] for n in names if isinstance(args[n], torch.Tensor)}
+    rest = {n: args[n] for n in names if n not in tensors}
+    wrapper = getattr(ops, op)
+    compiled = torch.compile(
+        lambda *values: wrapper(*values, **rest), fullgraph=True, backend="aot_eager"
+    )
+    got = compiled(*tensors.values())
+    if expected is None:
+        for name, tensor in args.items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(tensor, expected_args[name]), name
+        return
+    for new, old in zip(
+        got if isinstance(got, tuple) else (got,),
+        expected if isinstance(expected, tuple) else (expected,),
+        strict=True,
+    ):
+        assert torch.equal(new, old)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_are_refused(op):
+    args = sample(op)
+    name = next(
+        n
+        for n, a in args.items()
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and n not in ("out", "lse")
+    )
+    args[name] = args[name].clone().requires_grad_()
+    message = (
+        rf"^{op}: {name} must not require grad, got requires_grad=True; the op is not "
+        r"differentiable, call it under torch.no_grad\(\)"
+    )
+    for function in (lambda: getattr(torch.ops.namm_ext, op)(*positional(op, args)),
+                     lambda: call(op, args)):  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            function()
+    with torch.no_grad():
+        call(op, args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_works_in_inference_mode(op):
+    with torch.inference_mode():
+        call(op, sample(op))
+
+
+@pytest.mark.parametrize("op", (*OPS, "attend"))
+def test_wrapper_reference_and_schema_agree(op):
+    wrapper = inspect.signature(getattr(ops, op)).parameters
+    law = inspect.signature(getattr(reference, op)).parameters
+    names = [n for n in law if n != "round_to"]
+    assert list(wrapper) == names
+    assert all(wrapper[n].kind is law[n].kind for n in names)
+    if op != "attend":
+        schema = getattr(torch.ops.namm_ext, op).default._schema
+        assert list(wrapper) == [a.name for a in schema.arguments]
+
+
+@pytest.mark.parametrize("op", (*OPS, "attend"))
+def test_docstrings_have_their_parts_in_order(op):
+    text = inspect.getdoc(getattr(ops, op))
+    parts = ["Args:", "Raises:", "Example:"]
+    if op not in ("append_", "attend_"):
+        parts.insert(1, "Returns:")
+    found = re.findall(r"^(Args|Returns|Raises|Example):$", text, re.MULTILINE)
+    assert [f"{name}:" for name in found] == parts
+    args = text.partition("Args:")[2].partition("\n\n")[0]
+    documented = re.findall(r"^    (\w+): ", args, re.MULTILINE)
+    assert documented == list(inspect.signature(getattr(ops, op)).parameters)
+
+
+# One change to a good sample, and what the user reads. Every check has a line here.
+BAD = [
+    ("append_", "k", lambda t: t.to(torch.int32), "k must be float32, bfloat16 or float16, got int32"),
+    ("append_", "k", lambda t: t[None], "k must have shape [*, *], got [1, 251, 24]"),
+    ("append_", "k", lambda t: t.T.contiguous().T, "k must be contiguous, got strides [1, 251]"),
+    ("append_", "v", lambda t: t[1:], "v must have shape [251, *], got [250, 24]"),
+    ("append_", "v", lambda t: t.half(), "v must be float32, got float16"),
+    ("append_", "pos", lambda t: t.long(), "pos must be int32, got int64"),
+    ("append_", "state", lambda t: t.half(), "state must be float32, got float16"),
+    ("append_", "k_new", lambda t: t[..., :5], "k_new must have shape [*, *, *, 24], got [2, 2, 4, 5]"),
+    ("append_", "k_new", lambda t: t.mT.contiguous().mT,
+     "k_new must be contiguous in its last dimension, got strides [192, 96, 1, 4]"),
+    ("append_", "v_new", lambda t: t[:, :, 1:], "v_new must have shape [2, 2, 4, 24], got [2, 2, 3, 24]"),
+    ("append_", "seqused_k", lambda t: t[1:],
+     "seqused_k must have a positive multiple of 2 (batch_size) elements, got 3"),
+    ("append_", "seqused_k", lambda t: t[:2], "cu_seqlens_k must have shape [3], got [5]"),
+    ("append_", "cu_seqlens_k", lambda t: t[::2], "cu_seqlens_k must have shape [5], got [3]"),
+    ("append_", "first", lambda t: t[:1], "first must have shape [2], got [1]"),
+    ("append_", "num_new", lambda t: t.bool(), "num_new must be int32, got bool"),
+    ("append_", "pos_first", lambda t: t.repeat(2)[::2], "pos_first must be contiguous, got strides [2]"),
+    ("attend_", "q", lambda t: t[:, :3],
+     "q must have a positive multiple of 2 (num_kv_heads) heads, got 3"),
+    ("attend_", "k", lambda t: t[:, :8].contiguous(), "k must have shape [*, 24], got [251, 8]"),
+    ("attend_", "v", lambda t: t.bfloat16(), "v must be float32, got bfloat16"),
+    ("attend_", "out", lambda t: t[:, 1:], "out must have shape [2, 4, 4, 24], got [2, 3, 4, 24]"),
+    ("attend_", "lse", lambda t: t.double(), "lse must be float32, got float64"),
+    ("attend_", "softmax_scale", lambda x: math.inf, "softmax_scale must be finite, got inf"),
+    ("spectrogram", "q_window", lambda t: t[:, :, 1:],
+     "q_window must have 16 + n_up rows with n_up a positive multiple of 16, got 47 rows"),
+    ("spectrogram", "q_window", lambda t: t[:, :, :16],
+     "q_window must have 16 + n_up rows with n_up a positive multiple of 16, got 16 rows"),
+    ("spectrogram", "lse_window", lambda t: t[:, 1:],
+     "lse_window must have shape [2, 4, 48], got [2, 3, 48]"),
+    ("spectrogram", "pos_q", lambda t: t.float(), "pos_q must be int32, got float32"),
+    ("spectrogram", "active", lambda t: t.int(), "active must be bool, got int32"),
+    ("spectrogram", "state", lambda t: t[:, 1:].contiguous(),
+     "state must have shape [235, 17], got [235, 16]"),
+    ("spectrogram", "ema_coeff", lambda x: 1.5, "ema_coeff must be in [0, 1], got 1.5"),
+    ("spectrogram", "ema_coeff", lambda x: math.nan, "ema_coeff must be in [0, 1], got nan"),
+    ("attention_received", "first_row", lambda x: 49, "first_row must be in [0, 48], got 49"),
+    ("attention_received", "k", lambda t: t.half(), "k must be float32, got float16"),
+    ("bam_scores", "params", lambda t: t[:, 1:].contiguous(),
+     "params must have shape [*, 4172], got [2, 4171]"),
+    ("bam_scores", "params", lambda t: t[:0], "number of parameter vectors must be in [1, 2147483647], got 0"),
+    ("bam_scores", "mean", lambda t: t[1:], "mean must have shape [17], got [16]"),
+    ("bam_scores", "active", lambda t: t[:0], "the batch must have at least 1 row, got 0"),
+    ("bam_scores", "log_eps", lambda x: -1.0, "log_eps must be finite and not negative, got -1"),
+    ("mlp_scores", "params", lambda t: t[:, 1:].contiguous(),
+     "params must have shape [*, 676], got [2, 675]"),
+    ("mlp_scores", "hidden", lambda x: 24, "hidden must be 25 with residual_first, got 24"),
+    ("mlp_scores", "hidden", lambda x: 0, "hidden must be in [1, 65536], got 0"),
+    ("mlp_scores", "depth", lambda x: 0, "depth must be in [1, 65536], got 0"),
+    ("select", "scores", lambda t: t.half(), "scores must be float32, got float16"),
+    ("select", "pos", lambda t: t[1:], "pos must have shape [235], got [234]"),
+    ("compact", "keep", lambda t: t.bool(), "keep must be uint8, got bool"),
+    ("compact", "num_kept", lambda t: t[1:], "num_kept must have shape [4], got [3]"),
+    ("compact", "cu_seqlens_new", lambda t: t[1:], "cu_seqlens_new must have shape [5], got [4]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "change", "message"), BAD, ids=[f"{op}-{name}-{i}" for i, (op, name, *_) in enumerate(BAD)]
+)
+def test_message(op, name, change, message):
+    args = sample(op)
+    args[name] = change(args[name])
+    with pytest.raises(RuntimeError) as error:
+        getattr(torch.ops.namm_ext, op)(*positional(op, args))
+    text = str(error.value)
+    assert text.endswith(f"{op}: {message}")
+    assert "/" not in text.replace("cpp/ops/", ""), "no path of the machine it was built on"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif("cuda" not in testing.devices(), reason="no CUDA device")
+def test_tensors_on_another_device():
+    args = sample("select", device="cuda")
+    args["pos"] = args["pos"].cpu()
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.namm_ext.select(*positional("select", args))
+    message = "select: pos must be on the device of scores (cuda:0), got cpu"
+    assert str(error.value).endswith(message)
+
+
+def test_force_isa():
+    best = torch.ops.namm_ext.cpu_isa()
+    assert best == testing.isas()[-1]
+    with testing.force_isa("base"):
+        assert torch.ops.namm_ext.cpu_isa() == "base"
+    assert torch.ops.namm_ext.cpu_isa() == best
+    with pytest.raises(RuntimeError) as error, testing.force_isa("sse9"):
+        pass
+    message = "force_isa: isa must be one of base, avx2, avx512, avx512bf16, amx, got 'sse9'"
+    assert str(error.value).endswith(message)
+    missing = {"avx2", "avx512", "avx512bf16", "amx"} - set(testing.isas())
+    for isa in missing:
+        with pytest.raises(RuntimeError, match="isa must be one this CPU has"):
+            torch.ops.namm_ext.force_isa(isa)
+
+
+def test_constants_agree():
+    core = namm_ext._core
+    assert (core.N_FFT, core.HOP, core.CARRY) == (reference.N_FFT, reference.HOP, reference.CARRY)
+    assert (core.NUM_BINS, core.NUM_FEATURES) == (reference.NUM_BINS, reference.NUM_FEATURES)
+    assert (core.HIDDEN, core.NUM_BAM_PARAMS) == (reference.HIDDEN, reference.NUM_BAM_PARAMS)
+
+
+def test_samples_are_ugly():
+    store = testing.ragged_store("some_empty")
+    dead = ~store.live
+    assert bool(store.k[dead].isnan().all())
+    assert bool((store.pos[dead] == testing.POISON_POS).all())
+    new = testing.new_tokens(store, (2, 1), num_cols=3)
+    assert not new["k_new"].is_contiguous()
+    assert bool(new["k_new"][0, :, 0].isnan().all())
+
+
+def test_assert_no_worse_than_can_fail():
+    exact = torch.zeros(3, dtype=torch.float64)
+    off = torch.full((3,), 1e-3)
+    testing.assert_no_worse_than(off, off, exact)
+    with pytest.raises(AssertionError, match="error"):
+        testing.assert_no_worse_than(3 * off, off, exact)
+    with pytest.raises(AssertionError, match="error"):
+        testing.assert_no_worse_than(torch.full((3,), math.nan), off, exact)
+    with pytest.raises(AssertionError, match="infinities"):
+        testing.assert_no_worse_than(off, off, torch.tensor([math.inf, 0, 0]))
