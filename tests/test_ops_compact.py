@@ -94,7 +94,9 @@ def test_threads_do_not_matter(threads):
         got = _compact(ops.compact, store, keep, num_kept, cu_new)
     finally:
         torch.set_num_threads(before)
-    for new, old in zip(got, _compact(reference.compact, store, keep, num_kept, cu_new), strict=True):
+    for new, old in zip(
+        got, _compact(reference.compact, store, keep, num_kept, cu_new), strict=True
+    ):
         assert torch.equal(new, old)
 
 
@@ -146,5 +148,7 @@ def test_compact_float64_runs_the_reference():
     keep, num_kept = _keep(store, "runs")
     cu_new = _slots(num_kept)
     got = _compact(ops.compact, store, keep, num_kept, cu_new)
-    for new, old in zip(got, _compact(reference.compact, store, keep, num_kept, cu_new), strict=True):
+    for new, old in zip(
+        got, _compact(reference.compact, store, keep, num_kept, cu_new), strict=True
+    ):
         assert torch.equal(new, old)

@@ -109,9 +109,7 @@ def test_opcheck(op, case, dtype, device):
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_a_graph_break(op):
     args = sample(op)
-    expected_args = {
-        n: a.clone() if isinstance(a, torch.Tensor) else a for n, a in args.items()
-    }
+    expected_args = {n: a.clone() if isinstance(a, torch.Tensor) else a for n, a in args.items()}
     expected = call(op, expected_args)
     names = [a.name for a in getattr(torch.ops.namm_ext, op).default._schema.arguments]
     tensors = {n: args[n] for n in names if isinstance(args[n], torch.Tensor)}
@@ -247,7 +245,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "change", "message"), BAD, ids=[f"{op}-{name}-{i}" for i, (op, name, *_) in enumerate(BAD)]
+    ("op", "name", "change", "message"),
+    BAD,
+    ids=[f"{op}-{name}-{i}" for i, (op, name, *_) in enumerate(BAD)],
 )
 def test_message(op, name, change, message):
     args = sample(op)

@@ -118,7 +118,9 @@ def test_nan_reaches_the_score(name, device, isa):
     with testing.force_isa(isa):
         got = _scores(getattr(ops, name), store, args, **kwargs)
     assert bool(got[row].isnan())
-    assert bool(got[: int(store.cu_seqlens_k[2])][store.live[: int(store.cu_seqlens_k[2])]].isfinite().all())
+    assert bool(
+        got[: int(store.cu_seqlens_k[2])][store.live[: int(store.cu_seqlens_k[2])]].isfinite().all()
+    )
 
 
 @impls
@@ -133,7 +135,9 @@ def test_inactive_rows_score_zero(name, device, isa):
     assert bool((got[:second][store.live[:second]] != 0).all())
 
 
-@pytest.mark.parametrize(("isa", "name"), list(itertools.product(testing.isas(), ["bam_scores", "mlp_scores"])))
+@pytest.mark.parametrize(
+    ("isa", "name"), list(itertools.product(testing.isas(), ["bam_scores", "mlp_scores"]))
+)
 def test_scores_are_deterministic_and_batch_invariant(name, isa):
     kwargs = {} if name == "bam_scores" else MLPS["deep"]
     num_params = 4172 if name == "bam_scores" else reference.num_mlp_params(25, 4, True)
@@ -156,7 +160,9 @@ def test_scores_are_deterministic_and_batch_invariant(name, isa):
                 store.cu_seqlens_k[2 * b : 2 * b + 3] - store.cu_seqlens_k[2 * b],
                 store.seqused_k[2 * b : 2 * b + 2].clone(), 1, 2,
             )  # fmt: skip
-            part = {k: t[b : b + 1] if k in ("param_index", "active") else t for k, t in args.items()}
+            part = {
+                k: t[b : b + 1] if k in ("param_index", "active") else t for k, t in args.items()
+            }
             got = _scores(function, one, part, **kwargs)
             assert torch.equal(got[live[rows]], scores[rows][live[rows]])
 

@@ -50,7 +50,9 @@ LENGTHS = {**testing.LENGTHS, "long": (3000, 10, 700, 2500)}
 
 
 def _case(lengths, scores="random", device="cpu", active=(True, True), seed=0):
-    store = testing.ragged_store(LENGTHS[lengths], device=device, head_dim=1, num_state=0, seed=seed)
+    store = testing.ragged_store(
+        LENGTHS[lengths], device=device, head_dim=1, num_state=0, seed=seed
+    )
     generator = torch.Generator().manual_seed(seed)
     values = SCORES[scores](store.k.shape[0], generator).to(device)
     values[~store.live] = math.nan

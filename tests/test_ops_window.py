@@ -69,7 +69,9 @@ def test_window_ops(lengths, dtype, device, isa):
 @pytest.mark.parametrize("n_up", [16, 48, 128])
 @pytest.mark.parametrize(("num_groups", "head_dim"), [(1, 1), (3, 33), (4, 64), (1, 128)])
 def test_window_shapes(n_up, num_groups, head_dim, device, isa):
-    case = _case("ragged", torch.float32, device, n_up=n_up, num_groups=num_groups, head_dim=head_dim)
+    case = _case(
+        "ragged", torch.float32, device, n_up=n_up, num_groups=num_groups, head_dim=head_dim
+    )
     _check(*case, isa)
 
 

@@ -1,0 +1,23 @@
+# Fails if an object compiled for one instruction set defines a symbol outside of its own namespace:
+# the linker could then hand, say, an AVX-512 copy of std::vector to a machine without AVX-512.
+foreach(object IN LISTS OBJECTS)
+  if(NOT object MATCHES "_(avx2|avx512|avx512bf16|amx)\\.cpp\\.o$")
+    continue()
+  endif()
+  set(isa "${CMAKE_MATCH_1}")
+  string(LENGTH "${isa}" length)
+  execute_process(COMMAND "${NM}" --defined-only --extern-only "${object}"
+    OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  string(REPLACE "\n" ";" lines "${symbols}")
+  foreach(line IN LISTS lines)
+    if(line STREQUAL "" OR line MATCHES "8namm_ext${length}${isa}")
+      continue()
+    endif()
+    string(APPEND leaks "\n  ${object}: ${line}")
+  endforeach()
+  math(EXPR checked "${checked}+1")
+endforeach()
+if(leaks)
+  message(FATAL_ERROR "symbols that do not name their instruction set:${leaks}")
+endif()
+message(STATUS "${checked} objects checked")
