@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import namm_ext
 import pytest
 import torch
-
-import namm_ext
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "namm_ext"

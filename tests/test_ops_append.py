@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from namm_ext import ops, reference, testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from namm_ext import ops, reference, testing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,7 +52,7 @@ def test_compact(lengths, rule, dtype, device):
     got = _compact(ops.compact, store, keep, num_kept, cu_new)
     expected = _compact(reference.compact, store, keep, num_kept, cu_new)
     live = testing.live_rows(cu_new, num_kept, int(cu_new[-1]))
-    for name, new, old in zip("k v pos state".split(), got, expected, strict=True):
+    for name, new, old in zip(["k", "v", "pos", "state"], got, expected, strict=True):
         assert torch.equal(new[live], old[live]), name
         assert bool(new[live].isfinite().all()), name
         # The memory of evicted rows is really gone.

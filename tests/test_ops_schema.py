@@ -4,10 +4,9 @@ import inspect
 import math
 import re
 
+import namm_ext
 import pytest
 import torch
-
-import namm_ext
 from namm_ext import ops, reference, testing
 
 OPS = (
@@ -159,7 +158,7 @@ def test_works_in_inference_mode(op):
         call(op, sample(op))
 
 
-@pytest.mark.parametrize("op", (*OPS, "attend"))
+@pytest.mark.parametrize("op", [*OPS, "attend"])
 def test_wrapper_reference_and_schema_agree(op):
     wrapper = inspect.signature(getattr(ops, op)).parameters
     law = inspect.signature(getattr(reference, op)).parameters
@@ -171,7 +170,7 @@ def test_wrapper_reference_and_schema_agree(op):
         assert list(wrapper) == [a.name for a in schema.arguments]
 
 
-@pytest.mark.parametrize("op", (*OPS, "attend"))
+@pytest.mark.parametrize("op", [*OPS, "attend"])
 def test_docstrings_have_their_parts_in_order(op):
     text = inspect.getdoc(getattr(ops, op))
     parts = ["Args:", "Raises:", "Example:"]
@@ -186,24 +185,28 @@ def test_docstrings_have_their_parts_in_order(op):
 
 # One change to a good sample, and what the user reads. Every check has a line here.
 BAD = [
-    ("append_", "k", lambda t: t.to(torch.int32), "k must be float32, bfloat16 or float16, got int32"),
+    ("append_", "k", lambda t: t.to(torch.int32),
+     "k must be float32, bfloat16 or float16, got int32"),
     ("append_", "k", lambda t: t[None], "k must have shape [*, *], got [1, 251, 24]"),
     ("append_", "k", lambda t: t.T.contiguous().T, "k must be contiguous, got strides [1, 251]"),
     ("append_", "v", lambda t: t[1:], "v must have shape [251, *], got [250, 24]"),
     ("append_", "v", lambda t: t.half(), "v must be float32, got float16"),
     ("append_", "pos", lambda t: t.long(), "pos must be int32, got int64"),
     ("append_", "state", lambda t: t.half(), "state must be float32, got float16"),
-    ("append_", "k_new", lambda t: t[..., :5], "k_new must have shape [*, *, *, 24], got [2, 2, 4, 5]"),
+    ("append_", "k_new", lambda t: t[..., :5],
+     "k_new must have shape [*, *, *, 24], got [2, 2, 4, 5]"),
     ("append_", "k_new", lambda t: t.mT.contiguous().mT,
      "k_new must be contiguous in its last dimension, got strides [192, 96, 1, 4]"),
-    ("append_", "v_new", lambda t: t[:, :, 1:], "v_new must have shape [2, 2, 4, 24], got [2, 2, 3, 24]"),
+    ("append_", "v_new", lambda t: t[:, :, 1:],
+     "v_new must have shape [2, 2, 4, 24], got [2, 2, 3, 24]"),
     ("append_", "seqused_k", lambda t: t[1:],
      "seqused_k must have a positive multiple of 2 (batch_size) elements, got 3"),
     ("append_", "seqused_k", lambda t: t[:2], "cu_seqlens_k must have shape [3], got [5]"),
     ("append_", "cu_seqlens_k", lambda t: t[::2], "cu_seqlens_k must have shape [5], got [3]"),
     ("append_", "first", lambda t: t[:1], "first must have shape [2], got [1]"),
     ("append_", "num_new", lambda t: t.bool(), "num_new must be int32, got bool"),
-    ("append_", "pos_first", lambda t: t.repeat(2)[::2], "pos_first must be contiguous, got strides [2]"),
+    ("append_", "pos_first", lambda t: t.repeat(2)[::2],
+     "pos_first must be contiguous, got strides [2]"),
     ("attend_", "q", lambda t: t[:, :3],
      "q must have a positive multiple of 2 (num_kv_heads) heads, got 3"),
     ("attend_", "k", lambda t: t[:, :8].contiguous(), "k must have shape [*, 24], got [251, 8]"),
@@ -227,7 +230,8 @@ BAD = [
     ("attention_received", "k", lambda t: t.half(), "k must be float32, got float16"),
     ("bam_scores", "params", lambda t: t[:, 1:].contiguous(),
      "params must have shape [*, 4172], got [2, 4171]"),
-    ("bam_scores", "params", lambda t: t[:0], "number of parameter vectors must be in [1, 2147483647], got 0"),
+    ("bam_scores", "params", lambda t: t[:0],
+     "number of parameter vectors must be in [1, 2147483647], got 0"),
     ("bam_scores", "mean", lambda t: t[1:], "mean must have shape [17], got [16]"),
     ("bam_scores", "active", lambda t: t[:0], "the batch must have at least 1 row, got 0"),
     ("bam_scores", "log_eps", lambda x: -1.0, "log_eps must be finite and not negative, got -1"),

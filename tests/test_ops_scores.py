@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from namm_ext import ops, reference, testing
 
 IMPLS = [("cpu", isa) for isa in testing.isas()]
