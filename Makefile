@@ -1,0 +1,67 @@
+# Two commands are all the set-up there is: `make demo` runs the main job, `make test` the tests.
+# Both create .venv, put torch into it if this Python has none, build the extension and go.
+#
+#   PYTHON=python3.12        the interpreter to build for
+#   TORCH="torch==2.13.0"    what to install where there is no torch (any pip arguments)
+#   CMAKE_ARGS_NAMM="..."    build choices, such as -Ccmake.define.NAMM_CUDA=ON
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CMAKE_ARGS_NAMM ?=
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find cpp cuda cmake python CMakeLists.txt pyproject.toml LICENSE README.md -type f \
+	-not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+
+# libgomp's idle threads spin by default, which on a busy machine costs more than the work.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-all test-cpp lint bench cuda-check clean
+
+demo: $(VENV)/.built
+	$(VENV)/bin/namm demo $(ARGS)
+
+test: $(VENV)/.built
+	$(RUN) -m pytest $(ARGS)
+
+# Everything, the slow tests too.
+test-all: $(VENV)/.built
+	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+
+# The torch-free kernels under AddressSanitizer and UBSan, on every instruction set of this machine.
+test-cpp: $(VENV)/.built
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH cmake -S . -B build/sanitize -G Ninja \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(CURDIR)/$(RUN) -DNAMM_CUDA=OFF -DNAMM_SANITIZE=address,undefined
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH cmake --build build/sanitize --target cpp_tests
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH ctest --test-dir build/sanitize --output-on-failure
+
+lint: $(VENV)/.built
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m mypy
+	git ls-files '*.h' '*.cpp' '*.inc' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+bench: $(VENV)/.built
+	$(RUN) bench/ratios.py $(ARGS)
+
+# Compiles the CUDA kernels for every architecture, links them, checks registers and symbols; needs
+# nvcc, no GPU.
+cuda-check: $(VENV)/.built
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH NAMM_CHECK_PYTHON=$(CURDIR)/$(RUN) tools/cuda_check.sh
+
+# The environment: reuses a torch this Python already has.
+$(VENV)/.env: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "namm_ext needs Python 3.10 or newer, got " + sys.version.split()[0])'
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; \
+	  then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else $(PYTHON) -m venv $(VENV); fi
+	@$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet cmake ninja "scikit-build-core>=1.0" "pybind11>=3.0"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.env $(SOURCES)
+	$(RUN) -m pip install --quiet --no-build-isolation $(CMAKE_ARGS_NAMM) ".[hf,evolve,test,dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist $(VENV)
