@@ -95,6 +95,34 @@ def test_old_ages(device, isa):
 
 
 @impls
+@pytest.mark.parametrize("feature", range(reference.NUM_RECENCY))
+def test_recency_is_exact_to_a_unit_in_the_last_place(feature, device, isa):
+    """Every age up to 40,000 and random ones up to the largest position."""
+    far = torch.randint(0, 2**31 - 2, (40_000,))
+    ages = torch.cat([torch.arange(40_000), far]).sort(descending=True).values
+    pos = (2**31 - 2 - ages).int().to(device)
+    num = pos.numel()
+    params = torch.zeros(1, reference.NUM_FEATURES, device=device)
+    params[0, feature] = 1
+    store = testing.Store(
+        pos, pos, pos, torch.zeros(num, 17, device=device),
+        torch.tensor([0, num], dtype=torch.int32, device=device),
+        torch.tensor([num], dtype=torch.int32, device=device), 1, 1,
+    )  # fmt: skip
+    args = {
+        "params": params,
+        "param_index": torch.zeros(1, dtype=torch.int32, device=device),
+        "mean": torch.zeros(17, device=device),
+        "var": torch.ones(17, device=device),
+        "active": torch.tensor([True], device=device),
+    }
+    with testing.force_isa(isa):
+        got = _scores(ops.mlp_scores, store, args, **MLPS["linear"])
+    exact = reference.recency_embedding((pos[-1].long() - pos.long()).cpu(), dtype=torch.float64)
+    assert (got.cpu().double() - exact[:, feature]).abs().max() < 1.2e-7
+
+
+@impls
 @pytest.mark.parametrize("name", ["bam_scores", "mlp_scores"])
 def test_zero_parameters_score_exactly_zero(name, device, isa):
     kwargs = {} if name == "bam_scores" else MLPS["linear"]

@@ -1,0 +1,1 @@
+#include "mlp_isa.inc"
