@@ -111,5 +111,6 @@ def test_writes_stay_inside_their_slot():
     assert got.seqused_k.tolist() == [5, 7]  # room 2 and 3
     assert torch.equal(got.cu_seqlens_k, store.cu_seqlens_k)
     rows = got.live_rows()
-    assert rows.numel() == store.capacity and not got.k[rows].isnan().any()
+    assert rows.numel() == store.capacity
+    assert not got.k[rows].isnan().any()
     assert torch.equal(got.k[3:5], new.k[0, 0, :2])

@@ -82,9 +82,7 @@ def run(
         num_heads * batch_size // store.seqused_k.numel(), dim, dim_v, num_cols,
         new.scale, emulated.DTYPES[q.dtype],
     )  # fmt: skip
-    emulated.launch(
-        "attend", params, launch_capacity or store.capacity, order=order, simt=simt
-    )
+    emulated.launch("attend", params, launch_capacity or store.capacity, order=order, simt=simt)
     return out, lse
 
 
@@ -134,8 +132,11 @@ def test_decode(dtype, order):
 
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "groups"),
-    [(64, 64, 1), (96, 96, 3), (128, 128, 4), (128, 128, 8), (256, 256, 2), (80, 80, 7), (192, 128, 2)],
-)
+    [
+        (64, 64, 1), (96, 96, 3), (128, 128, 4), (128, 128, 8), (256, 256, 2), (80, 80, 7),
+        (192, 128, 2),
+    ],
+)  # fmt: skip
 def test_decode_shapes(head_dim, head_dim_v, groups):
     store = make_store([[270, 35]], head_dim, head_dim_v, dtype=BF16, num_tail=1)
     check(store, make_queries(store, groups, [1], [0], 1, strided=True), order=(17, 23))
@@ -175,9 +176,7 @@ def test_prefill_shapes(head_dim, head_dim_v, groups, dtype):
 )
 def test_simt(head_dim, head_dim_v, groups, dtype, split):
     columns = 1 if split else 64 // groups + 2
-    store = make_store(
-        [[300, 20]], head_dim, head_dim_v, dtype=dtype, num_tail=columns
-    )
+    store = make_store([[300, 20]], head_dim, head_dim_v, dtype=dtype, num_tail=columns)
     new = make_queries(store, groups, [columns], [0], columns, strided=True)
     check(store, new, simt=True, order=(17, 23))
 
@@ -216,7 +215,8 @@ def test_batch_does_not_change_a_row(num_cols):
         mine = Queries(new.q[b : b + 1], new.first[:1], new.num_new[:1],
                        new.pos_first[b : b + 1], new.scale)  # fmt: skip
         got, got_lse = run(alone, mine)
-        assert torch.equal(got[0], out[b]) and torch.equal(got_lse[0], lse[b])
+        assert torch.equal(got[0], out[b])
+        assert torch.equal(got_lse[0], lse[b])
 
 
 def test_large_logits_and_negative_scale():

@@ -48,8 +48,8 @@ def make_keep(store: Store, kept: str) -> Tensor:
     keep[rows] = {
         "none": lambda: torch.zeros(rows.numel()),
         "all": lambda: torch.ones(rows.numel()),
-        "every_third": lambda: (torch.arange(rows.numel()) % 3 == 0),
-        "random": lambda: (torch.rand(rows.numel(), generator=gen) < 0.6),
+        "every_third": lambda: torch.arange(rows.numel()) % 3 == 0,
+        "random": lambda: torch.rand(rows.numel(), generator=gen) < 0.6,
     }[kept]().to(torch.uint8)
     return keep
 
