@@ -184,22 +184,91 @@ NAMM_INLINE float to_float(Half x) { return load_first(&x, 1)[0]; }
 
 // -------- across lanes, in a fixed order
 
-NAMM_INLINE float sum_lanes(VecF x) {
-  float part[kLanes];
-  store(part, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
-}
+// x = op over all lanes, in every lane.
+#if defined(__AVX512F__)
+#define NAMM_FOLD(x, op)                                                                         \
+  do {                                                                                           \
+    x = op(x,                                                                                    \
+           __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+    x = op(x,                                                                                    \
+           __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+    x = op(x,                                                                                    \
+           __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+    x = op(x,                                                                                    \
+           __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)); \
+  } while (false)
+#elif defined(__AVX2__)
+#define NAMM_FOLD(x, op)                                              \
+  do {                                                                \
+    x = op(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3)); \
+    x = op(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5)); \
+    x = op(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6)); \
+  } while (false)
+#else
+#define NAMM_FOLD(x, op)                                  \
+  do {                                                    \
+    x = op(x, __builtin_shufflevector(x, x, 2, 3, 0, 1)); \
+    x = op(x, __builtin_shufflevector(x, x, 1, 0, 3, 2)); \
+  } while (false)
+#endif
 
+NAMM_INLINE VecF add(VecF a, VecF b) { return a + b; }
+NAMM_INLINE float sum_lanes(VecF x) {
+  NAMM_FOLD(x, add);
+  return x[0];
+}
 NAMM_INLINE float max_lanes(VecF x) {
-  float part[kLanes];
-  store(part, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+  NAMM_FOLD(x, max);
+  return x[0];
+}
+#undef NAMM_FOLD
+
+// Lane i of the result is the sum over the lanes of x[i]; x is destroyed.
+NAMM_INLINE VecF sum_each(VecF (&x)[kLanes]) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < 8; ++i) {
+    const VecF a = x[2 * i], b = x[2 * i + 1];
+    x[i] =
+        __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+        __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   }
-  return part[0];
+  for (int i = 0; i < 4; ++i) {
+    const VecF a = x[2 * i], b = x[2 * i + 1];
+    x[i] =
+        __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const VecF a = x[2 * i], b = x[2 * i + 1];
+    x[i] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+        __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
+                                 23) +
+         __builtin_shufflevector(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29,
+                                 30, 31);
+#elif defined(__AVX2__)
+  for (int i = 0; i < 4; ++i) {
+    const VecF a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+           __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const VecF a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(x[0], x[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+  for (int i = 0; i < 2; ++i) {
+    const VecF a = x[2 * i], b = x[2 * i + 1];
+    x[i] = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+  }
+  return __builtin_shufflevector(x[0], x[1], 0, 1, 4, 5) +
+         __builtin_shufflevector(x[0], x[1], 2, 3, 6, 7);
+#endif
 }
 
 // row[i][j] <-> row[j][i] for a kLanes x kLanes tile in registers.
