@@ -1,0 +1,296 @@
+"""Long-context examples: records hidden in real text, asked for at the very end.
+
+Layout of an example, always exactly ``length`` tokens::
+
+    <bos> text  record  text  record  text ... text | query answer | query answer | ...
+
+Records stand between whole lines. Nothing in the context says which of them will be asked, so a
+memory that drops tokens while it reads has to keep what might matter.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .families import WORDS, Family, family_named
+
+TRAIN_SEED = 11
+VALIDATION_SEED = 22
+TEST_SEED = 33
+"""The seeds of the three splits; use each with the documents of its own split."""
+
+Span = tuple[int, int]
+Seed = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence with several recall measurements.
+
+    A span is a half-open range of token indices ``(start, stop)``.
+
+    Attributes:
+        input_ids: ``length`` token ids; the first is ``<bos>`` if the tokenizer has one.
+        answer_spans: the answers, in the order they are asked; each is to be predicted from all
+            tokens before it.
+        record_spans: per answer, the line that holds it in the context.
+        query_starts: per answer, where its question begins.
+        value_spans: the value of every record, asked for or not; these tokens are random.
+        family: name of the task family.
+        distances: per answer, tokens between the value in the context and the answer.
+    """
+
+    input_ids: tuple[int, ...]
+    answer_spans: tuple[Span, ...]
+    record_spans: tuple[Span, ...]
+    query_starts: tuple[int, ...]
+    value_spans: tuple[Span, ...]
+    family: str
+    distances: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question of an example, for ``model.generate``: ``answer_ids`` should come out."""
+
+    input_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+def make_example(
+    family: str,
+    tokenizer: Any,
+    documents: Sequence[str] | str,
+    *,
+    length: int,
+    num_records: int,
+    seed: Seed,
+) -> Example:
+    """One example of exactly ``length`` tokens, the same for the same arguments.
+
+    Args:
+        family: a name from ``FAMILIES``.
+        tokenizer: a Hugging Face tokenizer.
+        documents: texts to hide the records in, or a split of the standard library's text
+            (``"train"``, ``"validation"``, ``"test"``). They are tokenized when first needed and
+            remembered as long as the tokenizer lives, so pass the same object again.
+        length: tokens of the example.
+        num_records: lines with a record. Every name is asked once; in a family with two writes
+            per name there are half as many names.
+        seed: an integer or a tuple of integers.
+
+    Raises:
+        ValueError: if the family is unknown, ``num_records`` is too small for it or ``length`` is
+            too small for the records and their queries.
+    """
+    task = family_named(family)
+    if not task.writes <= num_records <= len(WORDS):
+        raise ValueError(
+            f"num_records must be in [{task.writes}, {len(WORDS)}] for {family!r}, "
+            f"got {num_records}"
+        )
+    reader = _reader(tokenizer, documents)
+    key = (seed,) if isinstance(seed, int) else tuple(seed)
+    rng = np.random.default_rng([*key, zlib.crc32(family.encode()), length, num_records])
+    records, queries, answered_by = _draw_lines(task, reader, num_records, rng)
+
+    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    needed = len(ids) + sum(line.size for line in (*records, *queries))
+    if needed > length:
+        raise ValueError(
+            f"length must be at least {needed} for {num_records} {family!r} records and their "
+            f"queries, got {length}"
+        )
+    text, line_starts = reader.draw_window(length - needed, rng)
+    record_spans, value_spans = _insert(records, text, line_starts, ids, rng)
+    query_spans, answer_spans = zip(*(query.append_to(ids) for query in queries), strict=True)
+    return Example(
+        input_ids=tuple(ids),
+        answer_spans=answer_spans,
+        record_spans=tuple(record_spans[i] for i in answered_by),
+        query_starts=tuple(start for start, _ in query_spans),
+        value_spans=value_spans,
+        family=family,
+        distances=tuple(
+            answer[0] - value_spans[i][0]
+            for answer, i in zip(answer_spans, answered_by, strict=True)
+        ),
+    )
+
+
+def make_batch(
+    families: Sequence[str],
+    tokenizer: Any,
+    documents: Sequence[str] | str,
+    *,
+    length: int,
+    num_records: int,
+    seed: Seed,
+    batch_size: int,
+) -> list[Example]:
+    """``batch_size`` examples of equal length; the families take turns.
+
+    Arguments as in :func:`make_example`. Example ``i`` depends on ``seed`` and ``i`` alone, so a
+    larger batch begins with the smaller one.
+    """
+    key = (seed,) if isinstance(seed, int) else tuple(seed)
+    return [
+        make_example(
+            families[i % len(families)],
+            tokenizer,
+            documents,
+            length=length,
+            num_records=num_records,
+            seed=(*key, i),
+        )
+        for i in range(batch_size)
+    ]
+
+
+def make_prompt(example: Example, query: int = 0) -> Prompt:
+    """The context and one question, without the other questions and without any answer.
+
+    Args:
+        example: from :func:`make_example`.
+        query: which of its questions to ask.
+    """
+    if not 0 <= query < len(example.answer_spans):
+        raise ValueError(f"query must be in [0, {len(example.answer_spans)}), got {query}")
+    context = example.input_ids[: example.query_starts[0]]
+    start, stop = example.answer_spans[query]
+    question = example.input_ids[example.query_starts[query] : start]
+    return Prompt(context + question, example.input_ids[start:stop])
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A tokenized record or query: ``before``, then the value, then ``after``."""
+
+    before: tuple[int, ...]
+    value: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.before) + len(self.value) + len(self.after)
+
+    def append_to(self, ids: list[int]) -> tuple[Span, Span]:
+        """Append the line; return its span and the span of its value."""
+        start = len(ids)
+        value_start = start + len(self.before)
+        ids.extend(self.before + self.value + self.after)
+        return (start, len(ids)), (value_start, value_start + len(self.value))
+
+
+def _draw_lines(
+    task: Family, reader: _Reader, num_records: int, rng: np.random.Generator
+) -> tuple[list[_Line], list[_Line], list[int]]:
+    """Records in the order of their places, one query per name in the order of asking, and the
+    index of the record that answers each query: the last one of its name.
+    """
+    names = rng.choice(WORDS, size=num_records // task.writes, replace=False)
+
+    def line(template: str, name: str, value: str, end: str) -> _Line:
+        before = reader.encode(template.replace("{name}", name))
+        return _Line(before, reader.encode(value), reader.encode(end))
+
+    records: list[_Line] = []
+    last: dict[str, tuple[int, str]] = {}
+    for name in rng.permutation(np.repeat(names, task.writes)):
+        value = task.draw_value(rng)
+        last[name] = (len(records), value)
+        records.append(line(task.record, name, value, task.record_end))
+    asked = rng.permutation(names)
+    queries = [line(task.query, name, last[name][1], task.query_end) for name in asked]
+    return records, queries, [last[name][0] for name in asked]
+
+
+def _insert(
+    records: list[_Line],
+    text: np.ndarray,
+    line_starts: np.ndarray,
+    ids: list[int],
+    rng: np.random.Generator,
+) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """Append the text with the records between its lines; return their and their values' spans."""
+    places = np.sort(rng.choice(line_starts, size=len(records)))
+    spans = []
+    for piece, record in zip(np.split(text, places), records, strict=False):
+        ids.extend(piece.tolist())
+        spans.append(record.append_to(ids))
+    ids.extend(text[places[-1] :].tolist())
+    record_spans, value_spans = zip(*spans, strict=True)
+    return record_spans, value_spans
+
+
+class _Reader:
+    """Documents of one tokenizer, tokenized one by one when they are first drawn."""
+
+    def __init__(self, tokenizer: Any, documents: Sequence[str]):
+        if not documents:
+            raise ValueError("documents must not be empty")
+        # A strong reference would keep the tokenizer alive through the cache it is the key of.
+        self._tokenizer = weakref.proxy(tokenizer)
+        self.documents = documents
+        sizes = np.array([len(text) for text in documents], dtype=np.float64)
+        self._cumulative = np.cumsum(sizes / sizes.sum())
+        self._ids: dict[int, np.ndarray] = {}
+        self._encoded: dict[str, tuple[int, ...]] = {}
+        self._ends_line = np.array(
+            [tokenizer.decode([i]).endswith("\n") for i in range(len(tokenizer))]
+        )
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a short piece of text, remembered."""
+        if text not in self._encoded:
+            self._encoded[text] = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._encoded[text]
+
+    def draw_window(self, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """``size`` consecutive tokens that end with a line, and the places between its lines.
+
+        The window may begin inside a line. A document shorter than the window is preceded by
+        others.
+        """
+        pieces: list[np.ndarray] = []
+        missing = size
+        while missing > 0:
+            ids = self._document(int(np.searchsorted(self._cumulative, rng.random())))
+            line_ends = np.flatnonzero(self._ends_line[ids]) + 1
+            long_enough = line_ends[line_ends >= missing]
+            stop = int(rng.choice(long_enough)) if long_enough.size else ids.size
+            pieces.insert(0, ids[max(0, stop - missing) : stop])
+            missing -= pieces[0].size
+        text = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+        return text, np.append(np.flatnonzero(self._ends_line[text]) + 1, 0)
+
+    def _document(self, index: int) -> np.ndarray:
+        index = min(index, len(self.documents) - 1)
+        if index not in self._ids:
+            text = self.documents[index]
+            if not text.endswith("\n"):
+                text += "\n"
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            self._ids[index] = np.array(ids, dtype=np.int64)
+        return self._ids[index]
+
+
+_readers: weakref.WeakKeyDictionary[Any, dict[int, _Reader]] = weakref.WeakKeyDictionary()
+
+
+def _reader(tokenizer: Any, documents: Sequence[str] | str) -> _Reader:
+    """The reader of a (tokenizer, documents) pair; it holds the documents, so their id is safe."""
+    if isinstance(documents, str):
+        from ..zoo.corpus import load_documents
+
+        documents = load_documents(documents)
+    readers = _readers.setdefault(tokenizer, {})
+    if id(documents) not in readers:
+        readers[id(documents)] = _Reader(tokenizer, documents)
+    return readers[id(documents)]
