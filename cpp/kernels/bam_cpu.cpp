@@ -1,80 +1,93 @@
-// Backward attention memory: one score per live token, the plain version.
+// Backward attention memory: the plan. bam_isa.inc has the arithmetic.
 //
-// Mapping   one task per segment; projections for all tokens, then each token over newer ones.
-// Cost      K^2 / 2 * 64 multiply-adds per segment; K * 121 floats of scratch.
-// Numerics  float; the maximum is subtracted before exp.
+// Mapping   three steps, each in parallel: every candidate in use is folded once; the features of
+//           every segment are computed once; blocks of kBamRows rows are scored, oldest (longest)
+//           first within a segment, handed out one by one.
+// Cost      workspace: 100 bytes per live token, 5 kB per candidate in use.
+// Numerics  how a segment is cut depends on its own length alone.
 // Limits    none.
-#include <cmath>
+#include <cstring>
 #include <vector>
 
+#include "bam_isa.h"
+#include "dispatch.h"
 #include "kernels.h"
-#include "token_features.h"
+#include "scratch.h"
 
 namespace namm_ext::cpu {
 namespace {
 
-void score_segment(const ScoreParams& p, const FeatureScale& scale, int64_t begin, int64_t length,
-                   const float* w) {
-  constexpr int kQkv = 3 * kHidden;
-  std::vector<float> features(static_cast<size_t>(length * kNumFeatures));
-  std::vector<float> qkv(static_cast<size_t>(length * kQkv));
-  std::vector<float> probs(static_cast<size_t>(length));
-  for (int64_t t = 0; t < length; ++t) {
-    float* x = &features[t * kNumFeatures];
-    token_features(p, scale, begin + t, p.pos[begin + length - 1], x, 1);
-    for (int j = 0; j < kQkv; ++j) {
-      float sum = w[kOffsetB1 + j];
-      for (int i = 0; i < kNumFeatures; ++i) sum += x[i] * w[kOffsetW1 + i * kQkv + j];
-      qkv[t * kQkv + j] = sum;
-    }
+const BamIsa& select_isa() {
+#if defined(__x86_64__)
+  switch (current_isa()) {
+    case Isa::kAvx2:
+      return avx2::kBam;
+    case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
+      return avx512::kBam;
+    case Isa::kAmx:
+      return amx::kBam;
+    case Isa::kBase:
+      break;
   }
-  const float softmax_scale = 1.0f / std::sqrt(static_cast<float>(kHidden));
-  for (int64_t t = 0; t < length; ++t) {
-    const float* q = &qkv[t * kQkv];
-    float max = -INFINITY;
-    for (int64_t j = t; j < length; ++j) {
-      const float* k = &qkv[j * kQkv + kHidden];
-      float dot = 0.0f;
-      for (int d = 0; d < kHidden; ++d) dot += q[d] * k[d];
-      probs[j] = dot * softmax_scale;
-      if (!(probs[j] <= max)) max = probs[j];  // keeps a NaN, so that it reaches the score
-    }
-    float out[kHidden] = {}, sum = 0.0f;
-    for (int64_t j = t; j < length; ++j) {
-      const float e = std::exp(probs[j] - max);
-      const float* v = &qkv[j * kQkv + 2 * kHidden];
-      sum += e;
-      for (int d = 0; d < kHidden; ++d) out[d] += e * v[d];
-    }
-    float y[2 * kNumFeatures];
-    for (int j = 0; j < 2 * kNumFeatures; ++j) {
-      y[j] = w[kOffsetB2 + j];
-      for (int d = 0; d < kHidden; ++d) {
-        y[j] += out[d] / sum * w[kOffsetW2 + d * 2 * kNumFeatures + j];
-      }
-    }
-    const float* x = &features[t * kNumFeatures];
-    float score = w[kOffsetB3];
-    for (int i = 0; i < kNumFeatures; ++i) {
-      score += (x[i] * (1.0f + y[kNumFeatures + i]) + y[i]) * w[kOffsetW3 + i];
-    }
-    p.scores[begin + t] = score;
-  }
+#endif
+  return base::kBam;
 }
+
+thread_local Scratch scratch;
+thread_local Scratch folded_memory;
+thread_local Scratch features_memory;
+
+// A piece of a segment whose features start at `features` in the workspace.
+struct Task {
+  int32_t segment, begin, end;
+  int64_t features;
+};
 
 }  // namespace
 
 void bam_scores(const ScoreParams& p, Parallel parallel) {
-  const FeatureScale scale(p);
-  const int64_t num_segments = int64_t{p.seg.batch_size} * p.seg.num_kv_heads;
-  parallel.each(num_segments, [&](int64_t s) {
-    const int64_t b = s / p.seg.num_kv_heads;
-    const int64_t begin = p.seg.cu_seqlens_k[s], length = p.seg.seqused_k[s];
-    if (p.active[b]) {
-      score_segment(p, scale, begin, length, p.params + p.param_index[b] * p.num_params);
-    } else {
-      for (int64_t t = 0; t < length; ++t) p.scores[begin + t] = 0.0f;
+  const BamIsa& isa = select_isa();
+  std::vector<int32_t> slot(static_cast<size_t>(p.num_candidates), -1);  // of a folded candidate
+  std::vector<int32_t> used;
+  std::vector<Task> token_tasks, row_tasks;
+  int64_t bytes = 0;
+  for (int32_t b = 0; b < p.seg.batch_size; ++b) {
+    for (int32_t h = 0; h < p.seg.num_kv_heads; ++h) {
+      const int32_t s = b * p.seg.num_kv_heads + h, length = p.seg.seqused_k[s];
+      if (length == 0) continue;
+      if (!p.active[b]) {
+        std::memset(p.scores + p.seg.cu_seqlens_k[s], 0, sizeof(float) * length);
+        continue;
+      }
+      int32_t& index = slot[p.param_index[b]];
+      if (index < 0) {
+        index = static_cast<int32_t>(used.size());
+        used.push_back(p.param_index[b]);
+      }
+      for (int32_t i = 0; i < length; i += kBamTokens) {
+        token_tasks.push_back({s, i, length - i < kBamTokens ? length : i + kBamTokens, bytes});
+      }
+      for (int32_t i = 0; i < length; i += kBamRows) row_tasks.push_back({s, i, length, bytes});
+      bytes += isa.features_bytes(length);
     }
+  }
+  if (row_tasks.empty()) return;
+
+  char* const folded = folded_memory.reserve(static_cast<int64_t>(used.size()) * isa.folded_bytes);
+  char* const features = features_memory.reserve(bytes);
+  parallel.each(static_cast<int64_t>(used.size()), [&](int64_t i) {
+    isa.fold(p.params + used[i] * p.num_params, folded + i * isa.folded_bytes);
+  });
+  parallel.each(static_cast<int64_t>(token_tasks.size()), [&](int64_t i) {
+    const Task& task = token_tasks[i];
+    isa.features(p, task.segment, task.begin, task.end, features + task.features);
+  });
+  parallel.each(static_cast<int64_t>(row_tasks.size()), [&](int64_t i) {
+    const Task& task = row_tasks[i];
+    const int32_t candidate = slot[p.param_index[task.segment / p.seg.num_kv_heads]];
+    isa.scores(p, task.segment, task.begin, folded + candidate * isa.folded_bytes,
+               features + task.features, scratch.reserve(isa.scratch_bytes));
   });
 }
 

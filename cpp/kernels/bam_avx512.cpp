@@ -1,0 +1,1 @@
+#include "bam_isa.inc"
