@@ -1,0 +1,475 @@
+"""Memories side by side: the same held-out inputs, the same budget, measured quality, bytes, time.
+
+Every method is a policy on the same ragged store; the full cache is the stock one of transformers.
+Quality comes from one teacher-forced pass per batch *through* the evicting cache (the tokens are
+read as a prompt is, with an update every ``n_up`` tokens). Bytes are those of live tensors. Time is
+that of a real prompt and really generated tokens, all methods taking turns.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import baselines, tasks
+from .cache import NAMMCache
+from .evolution import evaluate_policy
+from .patching import remove
+from .policy import NAMM, Policy
+
+FULL = "full cache"
+FAMILIES = (*tasks.EVOLUTION_FAMILIES, *tasks.HELD_OUT_FAMILIES, *tasks.UNSEEN_FAMILIES)
+
+# What each rule is given besides its budget, found on validation data with
+#     namm compare --tune
+# `tune_baselines` says what is tried.
+TUNED: dict[str, dict[str, Any]] = {
+    "StreamingLLM": {},
+    "H2O": {},
+    "SnapKV": {},
+    "TOVA": {},
+    "KNorm": {},
+    "KeyDiff": {},
+    "Random": {},
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a memory costs on one prompt.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        kept: tokens kept after the last update / tokens seen, at the end of the prompt.
+        kv_bytes: k and v as allocated at the end of the prompt, room for new tokens included.
+        memory_bytes: the memory's own state then: features, positions, windows, indices.
+        peak_bytes: the most that both ever were together, the rebuilding included.
+        full_bytes: k and v of the stock cache, measured on the same prompt.
+        prefill_seconds: to read the prompt and choose the first token.
+        decode_seconds: per generated token, updates included.
+        decode_tokens: how many were generated.
+    """
+
+    prompt_tokens: int
+    kept: float
+    kv_bytes: int
+    memory_bytes: int
+    peak_bytes: int
+    full_bytes: int
+    prefill_seconds: float
+    decode_seconds: float
+    decode_tokens: int
+
+    @property
+    def kv_fraction(self) -> float:
+        """k and v against the full cache."""
+        return self.kv_bytes / self.full_bytes
+
+    @property
+    def own_fraction(self) -> float:
+        """The memory's own state against the full cache."""
+        return self.memory_bytes / self.full_bytes
+
+    @property
+    def total_fraction(self) -> float:
+        """k, v and the memory's own state against the full cache."""
+        return (self.kv_bytes + self.memory_bytes) / self.full_bytes
+
+
+@dataclass
+class Row:
+    """One method at one context length.
+
+    Attributes:
+        method: its name.
+        settings: what defines it.
+        length: tokens of a context.
+        exact_match: per family, the share of questions answered right in every token.
+        queries: questions per family.
+        bits_per_byte: cross-entropy of held-out source code.
+        kept: tokens kept after the last update / tokens seen, over all task contexts.
+        cost: bytes and times, on one prompt of ``length`` tokens.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    length: int
+    exact_match: dict[str, float] = field(default_factory=dict)
+    queries: dict[str, int] = field(default_factory=dict)
+    bits_per_byte: float | None = None
+    kept: float | None = None
+    cost: Cost | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean of ``exact_match`` over the families."""
+        if not self.exact_match:
+            return None
+        return sum(self.exact_match.values()) / len(self.exact_match)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = {**asdict(self), "accuracy": self.accuracy}
+        if self.cost is not None:
+            values["cost"] |= {
+                "kv_fraction": self.cost.kv_fraction,
+                "own_fraction": self.cost.own_fraction,
+                "total_fraction": self.cost.total_fraction,
+            }
+        return values
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is read, at one context length.
+
+    Attributes:
+        length: tokens per context and per text window.
+        examples: task examples, some of each family.
+        windows: ``[W, length]`` token ids of source code.
+        num_bytes: UTF-8 bytes that the windows' predicted tokens stand for.
+    """
+
+    length: int
+    examples: list[tasks.Example]
+    windows: Tensor
+    num_bytes: int
+
+    @classmethod
+    def make(
+        cls,
+        tokenizer: Any,
+        split: str,
+        *,
+        length: int,
+        families: Sequence[str] = FAMILIES,
+        examples_per_family: int = 6,
+        num_records: int = 4,
+        num_windows: int = 8,
+    ) -> Workload:
+        """Draw a workload with the fixed seed of ``split`` ("test" or "validation").
+
+        Raises:
+            ValueError: if ``split`` is neither or the documents are shorter than ``length``.
+        """
+        seeds = {"test": tasks.TEST_SEED, "validation": tasks.VALIDATION_SEED}
+        if split not in seeds:
+            raise ValueError(f"split must be 'test' or 'validation', got {split!r}")
+        from .zoo import load_documents
+
+        documents = load_documents(split)
+        examples = tasks.make_batch(
+            families,
+            tokenizer,
+            documents,
+            length=length,
+            num_records=num_records,
+            seed=seeds[split],
+            batch_size=examples_per_family * len(families),
+        )
+        windows, num_bytes = _source_windows(tokenizer, documents, length, num_windows)
+        return cls(length, examples, windows, num_bytes)
+
+
+def _source_windows(
+    tokenizer: Any, documents: Sequence[str], length: int, count: int
+) -> tuple[Tensor, int]:
+    """``count`` windows spread evenly over the documents that are Python source."""
+    sources = [text for text in documents if _is_source(text)]
+    ids = tokenizer.encode("\n\n".join(sources), add_special_tokens=False)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    size = length - len(bos)
+    starts = np.arange(0, len(ids) - size + 1, size)
+    if not starts.size:
+        raise ValueError(f"length must be at most {len(ids) + len(bos)} tokens, got {length}")
+    chosen = starts[np.linspace(0, starts.size - 1, min(count, starts.size)).astype(int)]
+    windows = [bos + ids[start : start + size] for start in chosen.tolist()]
+    num_bytes = sum(len(tokenizer.decode(window[1:]).encode()) for window in windows)
+    return torch.tensor(windows), num_bytes
+
+
+def _is_source(text: str) -> bool:
+    try:
+        return bool(ast.parse(text).body) and "import " in text
+    except (SyntaxError, ValueError):
+        return False
+
+
+# Methods -----------------------------------------------------------------------------------------
+
+
+def make_baseline(
+    name: str, cache_size: int, n_up: int, settings: Mapping[str, Any] | None = None
+) -> Policy:
+    """A baseline by name, with its tuned settings unless others are given.
+
+    Settings called ``recent_fraction`` are shares of ``cache_size``, so that they fit any budget.
+
+    Raises:
+        ValueError: if there is no baseline of that name.
+    """
+    if name not in TUNED:
+        raise ValueError(f"baseline must be one of {', '.join(TUNED)}, got {name!r}")
+    values = dict(TUNED[name] if settings is None else settings)
+    if "recent_fraction" in values:
+        values["recent_tokens"] = int(values.pop("recent_fraction") * cache_size)
+    return getattr(baselines, name)(cache_size, n_up, **values)
+
+
+def with_budget(policy: NAMM, cache_size: int) -> NAMM:
+    """The same memory with ``cache_size`` tokens per head."""
+    return policy.with_config(cache_size=cache_size)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A memory for any budget: ``policy(cache_size)``; None is the stock cache."""
+
+    name: str
+    policy: Callable[[int], Policy] | None
+    settings: dict[str, Any]
+
+
+def full_method() -> Method:
+    """The stock cache, which keeps everything."""
+    return Method(FULL, None, {})
+
+
+def namm_method(policy: NAMM, name: str = "NAMM") -> Method:
+    """An evolved memory."""
+    return Method(
+        name,
+        lambda cache_size: with_budget(policy, cache_size),
+        {"fingerprint": policy.fingerprint(), **policy.config.to_dict()},
+    )
+
+
+def baseline_method(name: str, n_up: int) -> Method:
+    """A tuned baseline, updating as often as the memory it is compared with."""
+    make_baseline(name, 64, n_up)  # complain about the name here
+    settings = {"n_up": n_up, **TUNED[name]}
+    return Method(name, lambda cache_size: make_baseline(name, cache_size, n_up), settings)
+
+
+def baseline_methods(n_up: int) -> list[Method]:
+    """All of them."""
+    return [baseline_method(name, n_up) for name in TUNED]
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+def measure_tasks(model: Any, policy: Policy, workload: Workload, row: Row) -> None:
+    """Fill ``row`` with exact match per family and the share of tokens kept."""
+    result = evaluate_policy(model, policy, workload.examples)
+    names = np.array([example.family for example in workload.examples])
+    matches, kept = result.exact_match[0], result.kept[0]
+    for name in dict.fromkeys(names.tolist()):
+        chosen = torch.from_numpy(names == name)
+        row.exact_match[name] = float(matches[chosen].mean())
+        row.queries[name] = sum(len(e.answer_spans) for e in workload.examples if e.family == name)
+    row.kept = float(kept.mean())
+
+
+@torch.inference_mode()
+def measure_text(model: Any, policy: Policy, workload: Workload, row: Row, rows: int = 8) -> None:
+    """Fill ``row.bits_per_byte``; ``rows`` windows are read at a time."""
+    total = 0.0
+    for ids in workload.windows.split(rows):
+        cache = NAMMCache(model, policy)
+        hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        for window, target in zip(hidden[:, :-1], ids[:, 1:], strict=True):
+            logits = model.get_output_embeddings()(window).float()
+            total -= float(F.cross_entropy(logits, target, reduction="sum"))
+    row.bits_per_byte = tasks.bits_per_byte(total, workload.num_bytes)
+
+
+def measure_costs(
+    model: Any,
+    policies: Mapping[str, Policy | None],
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    repeats: int,
+) -> Iterator[dict[str, Cost]]:
+    """Bytes and times of every policy on one prompt.
+
+    The policies take turns, so that a slow moment of the machine hits all of them; times are
+    minima.
+
+    Args:
+        policies: by name; None is the stock cache.
+        prompt: ``[1, T]`` token ids.
+        new_tokens: tokens to generate; ``n_up`` of them contain exactly one update.
+        repeats: rounds.
+
+    Yields:
+        The costs so far, after each round.
+    """
+    full_bytes = 0
+    best: dict[str, tuple[float, float]] = {}
+    for _ in range(repeats):
+        costs = {}
+        for name, policy in {FULL: None, **policies}.items():
+            kept, kv, own, peak, prefill, decode = _run_once(model, policy, prompt, new_tokens)
+            if policy is None:
+                full_bytes = kv
+            old = best.get(name, (math.inf, math.inf))
+            best[name] = (min(old[0], prefill), min(old[1], decode))
+            costs[name] = Cost(
+                prompt.shape[1], kept, kv, own, peak, full_bytes, *best[name], new_tokens
+            )
+        yield costs
+
+
+@torch.inference_mode()
+def _run_once(
+    model: Any, policy: Policy | None, prompt: Tensor, new_tokens: int
+) -> tuple[float, int, int, int, float, float]:
+    from transformers import DynamicCache
+
+    if policy is None:
+        remove(model)
+        cache: Any = DynamicCache(config=model.config)
+    else:
+        cache = NAMMCache(model, policy)
+
+    def step(ids: Tensor) -> Tensor:
+        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1:].argmax(-1)
+
+    began = time.perf_counter()
+    token = step(prompt)
+    prefill = time.perf_counter() - began
+    if policy is None:
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        kept, kv, own = 1.0, sum(t.untyped_storage().nbytes() for t in tensors), 0
+    else:
+        report = cache.report()
+        kept, kv, own = report.kept_fraction, report.kv_bytes, report.memory_bytes
+    began = time.perf_counter()
+    for _ in range(new_tokens):
+        token = step(token)
+    decode = (time.perf_counter() - began) / new_tokens
+    peak = kv if policy is None else cache.report().peak_bytes
+    return kept, kv, own, peak, prefill, decode
+
+
+def compare(
+    model: Any,
+    methods: Sequence[Method],
+    workloads: Sequence[Workload],
+    *,
+    keep_fraction: float = 0.25,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    rows: list[Row] | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Measure every method on every workload.
+
+    Args:
+        model: a causal language model of transformers.
+        methods: what to compare.
+        workloads: what to read, one per context length.
+        keep_fraction: the budget of a context is this share of its tokens, per head.
+        new_tokens: tokens to generate when time is measured.
+        repeats: rounds of timing; 0 leaves the cost out.
+        rows: list to fill, so that nothing is lost when this is interrupted.
+        on_step: called before each measurement with what it is about to do; there are
+            ``num_steps(...)`` of them.
+
+    Returns:
+        list[Row]: workload by workload, in the order of the methods.
+    """
+    rows = [] if rows is None else rows
+    for workload in workloads:
+        budget = max(1, int(keep_fraction * workload.length))
+        policies: dict[str, Policy | None] = {}
+        here = {}
+        for method in methods:
+            row = here[method.name] = Row(method.name, method.settings, workload.length)
+            rows.append(row)
+            policy = None if method.policy is None else method.policy(budget)
+            policies[method.name] = policy
+            # Keeping all on the ragged store is the stock cache, number for number.
+            reader = baselines.Full() if policy is None else policy
+            on_step(f"{method.name}: tasks of {workload.length:,} tokens")
+            measure_tasks(model, reader, workload, row)
+            on_step(f"{method.name}: source code")
+            measure_text(model, reader, workload, row)
+        prompt = torch.tensor([workload.examples[0].input_ids])
+        measuring = measure_costs(model, policies, prompt, new_tokens=new_tokens, repeats=repeats)
+        for _ in range(repeats):
+            on_step(f"time and bytes at {workload.length:,} tokens")
+            for name, cost in next(measuring).items():
+                if name in here:
+                    here[name].cost = cost
+    remove(model)
+    return rows
+
+
+def num_steps(methods: Sequence[Method], workloads: Sequence[Workload], repeats: int) -> int:
+    """How often `compare` calls ``on_step``."""
+    return len(workloads) * (2 * len(methods) + repeats)
+
+
+# Tuning the baselines ----------------------------------------------------------------------------
+
+_SHARING = ("per_head", "per_layer")
+_FLOORS = {"sink_tokens": (0, 4), "recent_fraction": (0.0, 0.25)}
+
+TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "StreamingLLM": {"sink_tokens": (1, 4, 16)},  # both ways of sharing are the same rule
+    "H2O": {"budget": _SHARING, "recent_fraction": (0.125, 0.25, 0.5), "sink_tokens": (0, 4)},
+    "SnapKV": {"budget": _SHARING, "window": (8, 16, 32, 64), "kernel_size": (1, 5)},
+    "TOVA": {"budget": _SHARING, **_FLOORS},
+    "KNorm": {"budget": _SHARING, **_FLOORS},
+    "KeyDiff": {"budget": _SHARING, **_FLOORS},
+    "Random": {"budget": ("per_head",), **_FLOORS},
+}
+
+
+def tune_baselines(
+    model: Any,
+    examples: Sequence[tasks.Example],
+    *,
+    n_up: int = 64,
+    keep_fraction: float = 0.25,
+    on_trial: Callable[[str, dict[str, Any], float], None] = lambda *_: None,
+) -> dict[str, dict[str, Any]]:
+    """The settings of each baseline that answer most validation questions exactly.
+
+    Every combination in ``TRIED`` is tried. Equal scores are told apart by the answers'
+    log-likelihood.
+
+    Args:
+        examples: validation examples of one length.
+        on_trial: called with name, settings and exact match of each trial.
+
+    Returns:
+        What belongs into ``TUNED``.
+    """
+    budget = max(1, int(keep_fraction * len(examples[0].input_ids)))
+    found = {}
+    for name, options in TRIED.items():
+        best = (-math.inf, -math.inf)
+        for values in itertools.product(*options.values()):
+            settings = dict(zip(options, values, strict=True))
+            result = evaluate_policy(model, make_baseline(name, budget, n_up, settings), examples)
+            score = (float(result.exact_match.mean()), float(result.answer_ll.mean()))
+            on_trial(name, settings, score[0])
+            if score > best:
+                best, found[name] = score, settings
+    remove(model)
+    return found
