@@ -47,8 +47,8 @@ Status launch_bam_scores(const ScoreParams& params, const Launch& launch) {
     return gpu::launch(bam_rows_kernel<true>, tiles(kRowsPerBlock), kBamThreads, 0, launch.stream,
                        params, work);
   }
-  status = gpu::launch(bam_prep_kernel, tiles(kBamThreads), kBamThreads, 0, launch.stream, params,
-                       work);
+  status =
+      gpu::launch(bam_prep_kernel, tiles(kBamThreads), kBamThreads, 0, launch.stream, params, work);
   if (status != 0) return status;
   status = gpu::launch(bam_pairs_kernel, tiles(kBamRows), kBamThreads, kBamSharedBytes,
                        launch.stream, params, work);

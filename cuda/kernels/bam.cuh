@@ -29,7 +29,7 @@ constexpr int kBamWarps = kBamThreads / kWarpSize;
 constexpr int kBamMTiles = 4;  // 16 rows each, per warp
 constexpr int kBamWarpRows = 16 * kBamMTiles;
 constexpr int kBamRows = kBamWarps * kBamWarpRows;
-constexpr int kBamKeys = 64;   // tokens of an x tile
+constexpr int kBamKeys = 64;  // tokens of an x tile
 constexpr int kBamStages = 4;
 constexpr int kBamTileBytes = kBamKeys * kPadded * 2;
 constexpr int kBamSharedBytes = kBamStages * kBamTileBytes;
@@ -43,20 +43,20 @@ struct Folded {
   float z_weight[kNumFeatures][kRow];  // z = x z_weight + z_bias
   float g_weight[kNumFeatures][kRow];
   float z_bias[kRow], g_bias[kRow];
-  float c_weight[kRow];                // c = x c_weight + c_bias
+  float c_weight[kRow];  // c = x c_weight + c_bias
   float c_bias, unused[3];
 };
 static_assert(sizeof(Folded) % 16 == 0 && kNumFeatures <= Folded::kRow, "float4 loads");
 
 // Scratch memory, one part after the other.
 struct BamWorkspace {
-  Folded* folded;   // [B]
-  uint32_t* x;      // [C][16] pairs of fp16
+  Folded* folded;  // [B]
+  uint32_t* x;     // [C][16] pairs of fp16
   uint32_t* z;
   uint32_t* g;
-  float* c;         // [C]
-  float* anchor;    // [C] z.x of the row itself, from the rounded numbers
-  uint8_t* redo;    // [C]
+  float* c;       // [C]
+  float* anchor;  // [C] z.x of the row itself, from the rounded numbers
+  uint8_t* redo;  // [C]
 };
 
 __global__ void __launch_bounds__(kBamThreads)

@@ -22,9 +22,9 @@ using Status = int;           // cudaError_t; 0 is success
 enum class Path { kAuto, kSimt };
 
 struct Launch {
-  int64_t capacity;            // rows of the store: cu_seqlens_k[S], known on the host as k.size(0)
+  int64_t capacity;  // rows of the store: cu_seqlens_k[S], known on the host as k.size(0)
   Stream stream = nullptr;
-  void* workspace = nullptr;   // at least <op>_workspace(...) bytes, aligned to 256
+  void* workspace = nullptr;  // at least <op>_workspace(...) bytes, aligned to 256
   Path path = Path::kAuto;
 };
 

@@ -13,8 +13,7 @@ namespace {
 
 constexpr int kMlpThreads = 128;
 
-__global__ void __launch_bounds__(kMlpThreads)
-    mlp_kernel(const __grid_constant__ ScoreParams p) {
+__global__ void __launch_bounds__(kMlpThreads) mlp_kernel(const __grid_constant__ ScoreParams p) {
   NAMM_SHARED(Normalisation, normalisation, 1);
   NAMM_SHARED(float, columns, kNumFeatures* kMlpThreads);
   const SegmentTile tile = find_tile(p.seg, kMlpThreads, blockIdx.x);

@@ -27,10 +27,10 @@
 // Static shared memory: NAMM_SHARED(float, sums, 32) declares float* or float[32].
 #if NAMM_EMULATED
 #define NAMM_DYNAMIC_SHARED(name) unsigned char* name = emulation::block().dynamic
-#define NAMM_SHARED(type, name, count)   \
-  static const char name##_key = 0;      \
-  type* const name = static_cast<type*>( \
-      emulation::static_shared(&name##_key, sizeof(type) * (count)))
+#define NAMM_SHARED(type, name, count) \
+  static const char name##_key = 0;    \
+  type* const name =                   \
+      static_cast<type*>(emulation::static_shared(&name##_key, sizeof(type) * (count)))
 #else
 #define NAMM_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define NAMM_SHARED(type, name, count) __shared__ type name[count]
@@ -77,10 +77,9 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_by
   return 0;
 #else
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shared_bytes));
     if (status != cudaSuccess) return static_cast<Status>(status);
   }
   std::tuple<Params...> copies(std::forward<Args>(args)...);
@@ -306,9 +305,9 @@ NAMM_DEVICE void cp_async_wait() {
 // A block's share of a segment: rows [row, min(row + tile_rows, live)).
 struct SegmentTile {
   int32_t segment;
-  int32_t row;      // first row of the tile inside the segment; may lie at or behind `live`
-  int32_t live;     // live rows of the segment
-  int64_t start;    // store row of the segment's row 0
+  int32_t row;    // first row of the tile inside the segment; may lie at or behind `live`
+  int32_t live;   // live rows of the segment
+  int64_t start;  // store row of the segment's row 0
 };
 
 // The flat work list. Tile number t of the grid belongs to the last segment s with
@@ -330,8 +329,7 @@ NAMM_DEVICE SegmentTile find_tile(const Segments& seg, int tile_rows, int tile) 
 
 // Tiles of a grid over a store of `capacity` rows, for find_tile.
 inline unsigned num_tiles(const Segments& seg, int64_t capacity, int tile_rows) {
-  return static_cast<unsigned>(capacity / tile_rows +
-                               int64_t{seg.batch_size} * seg.num_kv_heads);
+  return static_cast<unsigned>(capacity / tile_rows + int64_t{seg.batch_size} * seg.num_kv_heads);
 }
 
 }  // namespace namm_ext::gpu

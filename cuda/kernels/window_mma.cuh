@@ -6,7 +6,8 @@
 //            three cp.async buffers, 16-byte chunks XOR-swizzled by row & 7.
 //            S^T = K Q^T by mma.m16n8k16; exp, group mean and visibility in registers; the
 //            accumulator of S^T, packed to fp16, is the A operand of the DFT product; magnitudes
-//            and EMA stay in registers. Bin b sits in DFT tile b / 4 of lanes with lane % 4 = b % 4.
+//            and EMA stay in registers. Bin b sits in DFT tile b / 4 of lanes with lane % 4 = b
+//            % 4.
 // Cost       2 * W * D * G flop per key for S, 1/8 of that at D = 128, G = 4 for the DFT; W * G
 //            exponentials and 17 square roots per frame per key. Q is read once per block.
 // Numerics   S in float from exact products. P is scaled by 2^15 / G inside the exponent and
@@ -37,7 +38,7 @@ struct WindowTile {
   static constexpr int kMTiles = kHeadDim <= 128 ? 2 : 1;  // 16 keys each
   static constexpr int kKeys = kMmaWarps * kMTiles * 16;
   static constexpr int kKSteps = kHeadDim / 16;
-  static constexpr int kChunks = kHeadDim / 8;             // of 16 bytes in a query row
+  static constexpr int kChunks = kHeadDim / 8;  // of 16 bytes in a query row
   // The swizzle permutes chunks inside groups of 8, so a row of 12 chunks takes the room of 16.
   static constexpr int kRowBytes = (kChunks + 7) / 8 * 8 * 16;
   static constexpr int kHeadBytes = kHop * kRowBytes;
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   const int num_parts = (w.num_groups + kStageHeads - 1) / kStageHeads;
   const int part_heads = (w.num_groups + num_parts - 1) / num_parts;
   const int num_stages = max(num_hops - begin_hop, 0) * num_parts;
-  const T* q = static_cast<const T*>(w.q) + b * w.q_strides[0] +
-               int64_t{h} * w.num_groups * w.q_strides[1];
+  const T* q =
+      static_cast<const T*>(w.q) + b * w.q_strides[0] + int64_t{h} * w.num_groups * w.q_strides[1];
   const float* lse = w.lse + b * w.lse_strides[0] + int64_t{h} * w.num_groups * w.lse_strides[1];
   const SharedAddress ring = shared_address(shared);
 
@@ -127,10 +128,9 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
       for (int i = thread; i < num_heads * kHop * Tile::kChunks; i += kMmaThreads) {
         const int chunk = i % Tile::kChunks, row = i / Tile::kChunks % kHop;
         const int head = i / (Tile::kChunks * kHop);
-        cp_async<16>(target + head * Tile::kHeadBytes + row * Tile::kRowBytes +
-                         ((chunk ^ (row & 7)) << 4),
-                     q + (head0 + head) * w.q_strides[1] + (row0 + row) * w.q_strides[2] +
-                         chunk * 8);
+        cp_async<16>(
+            target + head * Tile::kHeadBytes + row * Tile::kRowBytes + ((chunk ^ (row & 7)) << 4),
+            q + (head0 + head) * w.q_strides[1] + (row0 + row) * w.q_strides[2] + chunk * 8);
       }
       if (thread < num_heads * 4) {
         const int head = thread / 4, quarter = thread % 4;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   float spectrum[kMTiles][4][4] = {};  // W1 A of the last hop: the frame under way
   float ema[kMTiles][4][2] = {}, ema16[kMTiles][2] = {};
   float received[kMTiles][2] = {};
-  float mean[kMTiles][2][4] = {};      // [key tile][query tile][fragment]
+  float mean[kMTiles][2][4] = {};  // [key tile][query tile][fragment]
 
   issue(0);
   issue(1);
@@ -235,9 +235,10 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
         received[mt][0] += (mean[mt][0][0] + mean[mt][0][1]) + (mean[mt][1][0] + mean[mt][1][1]);
         received[mt][1] += (mean[mt][0][2] + mean[mt][0][3]) + (mean[mt][1][2] + mean[mt][1][3]);
       } else {
-        const uint32_t a[4] = {
-            pack2<fp16>(mean[mt][0][0], mean[mt][0][1]), pack2<fp16>(mean[mt][0][2], mean[mt][0][3]),
-            pack2<fp16>(mean[mt][1][0], mean[mt][1][1]), pack2<fp16>(mean[mt][1][2], mean[mt][1][3])};
+        const uint32_t a[4] = {pack2<fp16>(mean[mt][0][0], mean[mt][0][1]),
+                               pack2<fp16>(mean[mt][0][2], mean[mt][0][3]),
+                               pack2<fp16>(mean[mt][1][0], mean[mt][1][1]),
+                               pack2<fp16>(mean[mt][1][2], mean[mt][1][3])};
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
           // The second half of the window completes the frame that the last hop began.

@@ -27,7 +27,7 @@ template <class T, bool kReceived>
 __global__ void __launch_bounds__(kSimtThreads, 4)
     window_simt_kernel(const __grid_constant__ Window w, const float* state, float* out,
                        float frame_decay, float period_decay, int first_row) {
-  NAMM_SHARED(float, q_slice, kHop * kSimtSlice);
+  NAMM_SHARED(float, q_slice, kHop* kSimtSlice);
   NAMM_SHARED(float, k_slice, kSimtKeys*(kSimtSlice + 1));
   NAMM_SHARED(float, probs, 2 * kHop * kSimtKeys);  // this hop and the one before it
   NAMM_SHARED(float, sums, 4 * kSimtKeys);

@@ -48,20 +48,16 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-#define NAMM_EMULATED_VECTOR2(name, type)    \
-  struct alignas(2 * sizeof(type)) name {    \
-    type x, y;                               \
-  };                                         \
-  inline name make_##name(type x, type y) {  \
-    return {x, y};                           \
-  }
-#define NAMM_EMULATED_VECTOR4(name, type)                    \
-  struct alignas(16) name {                                  \
-    type x, y, z, w;                                         \
-  };                                                         \
-  inline name make_##name(type x, type y, type z, type w) {  \
-    return {x, y, z, w};                                     \
-  }
+#define NAMM_EMULATED_VECTOR2(name, type) \
+  struct alignas(2 * sizeof(type)) name { \
+    type x, y;                            \
+  };                                      \
+  inline name make_##name(type x, type y) { return {x, y}; }
+#define NAMM_EMULATED_VECTOR4(name, type) \
+  struct alignas(16) name {               \
+    type x, y, z, w;                      \
+  };                                      \
+  inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
 NAMM_EMULATED_VECTOR2(float2, float)
 NAMM_EMULATED_VECTOR2(int2, int)
 NAMM_EMULATED_VECTOR2(uint2, unsigned)
@@ -75,7 +71,7 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kMaxShared = 163 * 1024;     // what a block of sm_80 may ask for
+constexpr size_t kMaxShared = 163 * 1024;  // what a block of sm_80 may ask for
 constexpr size_t kStaticShared = 48 * 1024;
 constexpr size_t kSharedArena = 256 * 1024;
 constexpr int kPoison = 0xFF;
@@ -104,7 +100,7 @@ struct Fiber {
   jmp_buf resume;
   bool started;
   Wait wait;
-  int line;                // where it waits
+  int line;  // where it waits
   const char* kind;
   std::vector<std::vector<AsyncCopy>> copy_groups;  // the last one is still open
 };
@@ -119,7 +115,7 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   unsigned char* stacks = nullptr;
-  unsigned char* arena = nullptr;    // dynamic shared memory ends where the protected page begins
+  unsigned char* arena = nullptr;  // dynamic shared memory ends where the protected page begins
   unsigned char* dynamic = nullptr;
   size_t dynamic_bytes = 0;
   std::unordered_map<const void*, size_t> static_offsets;
@@ -280,9 +276,7 @@ inline void copy_async(uint32_t target, const void* source, int bytes, int valid
   groups.back().push_back({to, static_cast<const unsigned char*>(source), bytes, valid_bytes});
 }
 
-inline void copy_async_commit() {
-  block().fibers[block().current]->copy_groups.emplace_back();
-}
+inline void copy_async_commit() { block().fibers[block().current]->copy_groups.emplace_back(); }
 
 inline void copy_async_wait(int pending) {
   auto& groups = block().fibers[block().current]->copy_groups;
@@ -316,8 +310,8 @@ inline float fp16_to_float(uint16_t bits) {
     std::vector<float> t(65536);
     for (unsigned i = 0; i < 65536; ++i) {
       const int exponent = (i >> 10) & 31, mantissa = i & 1023;
-      double v = exponent == 0 ? std::ldexp(mantissa, -24)
-                               : std::ldexp(1024 + mantissa, exponent - 25);
+      double v =
+          exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
       if (exponent == 31) v = mantissa ? NAN : INFINITY;
       t[i] = static_cast<float>(i & 0x8000 ? -v : v);
     }
@@ -335,10 +329,10 @@ inline uint16_t float_to_fp16(float value) {
   if (magnitude >= 65520.0f) return sign | 0x7C00;
   if (magnitude == 0.0f) return sign;  // frexp calls its exponent 0
   int exponent = 0;
-  std::frexp(magnitude, &exponent);                   // magnitude = f * 2^exponent, f in [0.5, 1)
-  const int shift = std::max(exponent - 11, -24);     // weight of the last kept bit
+  std::frexp(magnitude, &exponent);                // magnitude = f * 2^exponent, f in [0.5, 1)
+  const int shift = std::max(exponent - 11, -24);  // weight of the last kept bit
   const float scaled = std::nearbyint(std::ldexp(magnitude, -shift));
-  const int mantissa = static_cast<int>(scaled);      // up to 2048, carries fall out right
+  const int mantissa = static_cast<int>(scaled);  // up to 2048, carries fall out right
   if (shift == -24) return sign | static_cast<uint16_t>(mantissa);
   return sign | static_cast<uint16_t>(((shift + 24) << 10) + mantissa);
 }
@@ -356,12 +350,12 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     float am[16][16], bm[16][8];
     for (int lane = 0; lane < kWarp; ++lane) {
       const int g = lane / 4, c = lane % 4;
-      for (int r = 0; r < 4; ++r) {      // a0 (g, 2c) a1 (g+8, 2c) a2 (g, 2c+8) a3 (g+8, 2c+8)
+      for (int r = 0; r < 4; ++r) {  // a0 (g, 2c) a1 (g+8, 2c) a2 (g, 2c+8) a3 (g+8, 2c+8)
         const int row = g + 8 * (r & 1), col = 2 * c + 8 * (r >> 1);
         am[row][col] = to_float(static_cast<uint16_t>(all[lane]->a[r]));
         am[row][col + 1] = to_float(static_cast<uint16_t>(all[lane]->a[r] >> 16));
       }
-      for (int r = 0; r < 2; ++r) {      // b0 (k = 2c, n = g) b1 (k = 2c+8, n = g)
+      for (int r = 0; r < 2; ++r) {  // b0 (k = 2c, n = g) b1 (k = 2c+8, n = g)
         bm[2 * c + 8 * r][g] = to_float(static_cast<uint16_t>(all[lane]->b[r]));
         bm[2 * c + 8 * r + 1][g] = to_float(static_cast<uint16_t>(all[lane]->b[r] >> 16));
       }
@@ -521,7 +515,7 @@ inline void run_grid(const std::function<void()>& body, dim3 grid, dim3 threads,
   stack.ss_sp = alternate_stack.data();
   stack.ss_size = alternate_stack.size();
   sigaltstack(&stack, &old_stack);
-  struct sigaction action {}, old_segv {}, old_bus {};
+  struct sigaction action{}, old_segv{}, old_bus{};
   action.sa_handler = on_crash;
   action.sa_flags = SA_ONSTACK | SA_NODEFER;
   sigaction(SIGSEGV, &action, &old_segv);
@@ -553,9 +547,7 @@ inline void run_grid(const std::function<void()>& body, dim3 grid, dim3 threads,
 
 #define __syncthreads() emulation::sync_block(__LINE__)
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, NAMM_LINE) {
-  emulation::sync_warp(mask, line);
-}
+inline void __syncwarp(unsigned mask = 0xffffffffu, NAMM_LINE) { emulation::sync_warp(mask, line); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int = 32, NAMM_LINE) {
   struct Pair {

@@ -41,13 +41,19 @@ const Op kOps[] = {
 #ifdef NAMM_HAS_COMPACT
     {"compact", sizeof(CompactParams), no_workspace, call<CompactParams, launch_compact>},
 #endif
+#ifdef NAMM_HAS_WINDOW
     {"spectrogram", sizeof(SpectrogramParams), no_workspace,
      call<SpectrogramParams, launch_spectrogram>},
     {"attention_received", sizeof(ReceivedParams), no_workspace,
      call<ReceivedParams, launch_attention_received>},
+#endif
+#ifdef NAMM_HAS_BAM
     {"bam_scores", sizeof(ScoreParams), size_of_workspace<ScoreParams, bam_scores_workspace>,
      call<ScoreParams, launch_bam_scores>},
+#endif
+#ifdef NAMM_HAS_MLP
     {"mlp_scores", sizeof(ScoreParams), no_workspace, call<ScoreParams, launch_mlp_scores>},
+#endif
 };
 
 const Op* find(const char* name) {

@@ -14,12 +14,13 @@ import hashlib
 import importlib.util
 import mmap
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: (order of threads, order of blocks): forwards, backwards, random.
 ORDERS = [(0, 0), (1, 1), (17, 23)]
@@ -37,7 +38,8 @@ def _load_reference() -> ModuleType:
     """``namm_ext.reference`` from its file: these tests need no built package."""
     path = ROOT / "python/namm_ext/reference.py"
     spec = importlib.util.spec_from_file_location("namm_reference", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -130,44 +132,71 @@ STRUCTS = {
 }
 
 
-def build(kernels: Path, defines: Sequence[str] = ()) -> Path:
-    """Compile ``kernels/*.cu`` and the driver for the CPU; returns the shared library."""
+def _includes(path: Path, folders: Sequence[Path], found: dict[str, Path]) -> dict[str, Path]:
+    """Our headers that ``path`` includes, directly or not, by the name in the ``#include``."""
+    for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+        header = next((f / name for f in folders if (f / name).exists()), None)
+        if header is not None and name not in found:
+            found[name] = header
+            _includes(header, folders, found)
+    return found
+
+
+def _replace_atomically(command: list[str], target: Path) -> Path:
+    """Run a command that writes ``-o <file>`` and move the file to ``target``."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        out = f"{folder}/out"
+        run = subprocess.run([*command, "-o", out], capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{run.stderr}")
+        os.replace(out, target)
+    return target
+
+
+def build(kernels: Path, pattern: str = "*", optimise: str = "-O1") -> Path:
+    """Compile ``kernels/<pattern>.cu`` and the driver for the CPU; returns the shared library.
+
+    Objects and libraries are cached by the text of the sources and of the headers they include.
+    """
     here = Path(__file__).parent
-    sources = [*sorted(kernels.glob("*.cu")), here / "emulated.cpp"]
-    headers = [*kernels.glob("*.cuh"), *kernels.glob("*.h"), here / "cuda_emulation.h"]
-    headers.append(ROOT / "cpp/include/namm_ext/params.h")
-    digest = hashlib.sha256(" ".join([*FLAGS, *defines]).encode())
-    for path in [*sources, *sorted(headers)]:
-        digest.update(path.name.encode() + path.read_bytes())
+    folders = [kernels, ROOT / "cpp/include", here]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "namm_ext_emulation"
     cache.mkdir(parents=True, exist_ok=True)
-    target = cache / f"emulated_{digest.hexdigest()[:16]}.so"
+    stems = sorted({*kernels.glob(f"{pattern}.cu"), kernels / "status.cu"})
+    has = [f"-DNAMM_HAS_{s.stem.upper()}" for s in stems]
+
+    # The standard headers behind cuda_emulation.h take half of a compilation: once is enough.
+    emulation = here / "cuda_emulation.h"
+    text = " ".join([*FLAGS, optimise]).encode() + emulation.read_bytes()
+    prelude = cache / f"emulation_{hashlib.sha256(text).hexdigest()[:16]}.h"
+    if not prelude.with_suffix(".h.gch").exists():
+        prelude.write_text(f'#include "{emulation}"\n')
+        _replace_atomically(
+            ["g++", "-x", "c++-header", *FLAGS, optimise, str(prelude)],
+            prelude.with_suffix(".h.gch"),
+        )
+
+    def compile_one(source: Path) -> Path:
+        flags = [*FLAGS, optimise, *(has if source.suffix == ".cpp" else [])]
+        digest = hashlib.sha256(" ".join(flags).encode() + source.read_bytes())
+        for name, header in sorted(_includes(source, folders, {}).items()):
+            digest.update(name.encode() + header.read_bytes())
+        target = cache / f"{source.stem}_{digest.hexdigest()[:16]}.o"
+        if target.exists():
+            return target
+        include = [f"-I{folder}" for folder in folders]
+        return _replace_atomically(
+            ["g++", "-x", "c++", *flags, *include, "-include", str(prelude), "-c", str(source)],
+            target,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(o) for o in pool.map(compile_one, [*stems, here / "emulated.cpp"])]
+    digest = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
+    target = cache / f"emulated_{digest}.so"
     if target.exists():
         return target
-    defines = [*defines, *(f"-DNAMM_HAS_{s.stem.upper()}" for s in sources)]
-    include = [f"-I{p}" for p in (kernels, ROOT / "cpp/include", here)]
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-
-        def compile_one(source: Path) -> str:
-            out = f"{folder}/{source.stem}.o"
-            command = ["g++", "-x", "c++", *FLAGS, *defines, *include, "-c", str(source), "-o", out]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            return out
-
-        try:
-            with ThreadPoolExecutor(2) as pool:
-                objects = list(pool.map(compile_one, sources))
-            library_file = f"{folder}/emulated.so"
-            subprocess.run(
-                ["g++", "-shared", "-Wl,-z,defs", *objects, "-o", library_file],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{' '.join(error.cmd)}\n{error.stderr}") from None
-        os.replace(library_file, target)
-    return target
+    return _replace_atomically(["g++", "-shared", "-Wl,-z,defs", *objects], target)
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -178,7 +207,7 @@ def load(path: Path) -> ctypes.CDLL:
     return lib
 
 
-@lru_cache(maxsize=None)
+@cache
 def library() -> ctypes.CDLL:
     """The emulated kernels of this checkout."""
     return load(build(ROOT / "cuda/kernels"))

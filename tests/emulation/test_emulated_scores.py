@@ -65,7 +65,7 @@ def run(
     mlp: tuple[int, int, bool, bool] = (0, 0, False, False),
     **kwargs: object,
 ) -> Tensor:
-    names = "state pos params param_index mean var".split()
+    names = ["state", "pos", "params", "param_index", "mean", "var"]
     keep = {n: emulated.guarded(getattr(x, n)) for n in [*names, "cu_seqlens_k", "seqused_k"]}
     active = emulated.guarded(x.active.to(torch.uint8))
     scores = emulated.guarded(torch.full(x.pos.shape, -7.0))
@@ -88,7 +88,8 @@ def expected(
         x.state.double(), x.pos, x.cu_seqlens_k, x.seqused_k, x.params.double(), x.param_index,
         x.mean.double(), x.var.double(), x.active,
     )  # fmt: skip
-    extra = {} if mlp is None else dict(zip(("hidden", "depth", "bias", "residual_first"), mlp))
+    names = ("hidden", "depth", "bias", "residual_first")
+    extra = {} if mlp is None else dict(zip(names, mlp, strict=True))
     return getattr(reference, op)(*args, log_transform=log_transform, log_eps=LOG_EPS, **extra)
 
 
@@ -150,7 +151,8 @@ def test_bam_scores_show_nan() -> None:
     x.state[33, 5] = float("nan")
     for simt in (False, True):
         got = run("bam_scores", x, simt=simt)[:90]
-        assert got[:34].isnan().all() and got[34:].isfinite().all()
+        assert got[:34].isnan().all()
+        assert got[34:].isfinite().all()
 
 
 @pytest.mark.parametrize("simt", [False, True], ids=["mma", "simt"])

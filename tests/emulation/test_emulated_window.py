@@ -93,7 +93,7 @@ def run(op: str, x: Sample, **kwargs: object) -> Tensor:
         q = emulated.guarded(q)
     keep = {
         name: emulated.guarded(getattr(x, name))
-        for name in "lse_window k pos state cu_seqlens_k seqused_k pos_q".split()
+        for name in ["lse_window", "k", "pos", "state", "cu_seqlens_k", "seqused_k", "pos_q"]
     }
     active = emulated.guarded(x.active.to(torch.uint8))
     first_row = int(kwargs.pop("first_row", 0))
@@ -148,13 +148,17 @@ FLOAT = 5e-6
 HALF = 5e-4  # P rounded to fp16; kernels.md allows this much
 CASES = {
     # ragged, empty, one row, several tiles, GQA, an inactive row
-    "bf16-D64-G2": dict(lengths=[[70, 1], [0, 131]], head_dim=64, num_groups=2, dtype=torch.bfloat16),
+    "bf16-D64-G2": dict(
+        lengths=[[70, 1], [0, 131]], head_dim=64, num_groups=2, dtype=torch.bfloat16
+    ),
     "fp16-D64-G1": dict(
         lengths=[[50, 33], [40, 64]], head_dim=64, num_groups=1, dtype=torch.float16, n_up=16,
         active=[False, True],
     ),
     "bf16-D96-G3": dict(lengths=[[66]], head_dim=96, num_groups=3, dtype=torch.bfloat16, n_up=32),
-    "bf16-D128-G4": dict(lengths=[[100]], head_dim=128, num_groups=4, dtype=torch.bfloat16, n_up=32),
+    "bf16-D128-G4": dict(
+        lengths=[[100]], head_dim=128, num_groups=4, dtype=torch.bfloat16, n_up=32
+    ),
     "fp16-D128-G7": dict(lengths=[[40]], head_dim=128, num_groups=7, dtype=torch.float16, n_up=32),
     "bf16-D64-G5": dict(lengths=[[40]], head_dim=64, num_groups=5, dtype=torch.bfloat16, n_up=32),
     "bf16-D256-G8": dict(lengths=[[70]], head_dim=256, num_groups=8, dtype=torch.bfloat16, n_up=16),

@@ -1,0 +1,350 @@
+"""Faults planted in the kernels must be found by the emulated tests.
+
+A fault is a replacement in a copy of ``cuda/kernels``; the copy is compiled and the named tests
+run against it. At least one must fail. ``UNSEEN`` lists faults that the emulation cannot see, as
+cuda_emulation.h says: they need review, or ``compute-sanitizer --tool racecheck`` on a GPU.
+"""
+
+# ruff: noqa: E501 (replacements are whole lines of source)
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import emulated
+import pytest
+import test_emulated_append as append
+import test_emulated_attend as attend
+import test_emulated_compact as compact
+import test_emulated_scores as scores
+import test_emulated_select as select
+import test_emulated_window as window
+
+KERNELS = emulated.ROOT / "cuda/kernels"
+
+
+def _window(*names: str) -> list[Callable[[], None]]:
+    return [partial(window.test_spectrogram, name) for name in names]
+
+
+MMA = [
+    *_window("bf16-D64-G2", "bf16-D64-G5", "fp16-D64-G1"),
+    partial(window.test_attention_received, "bf16-D64-G2", 21),
+    partial(window.test_same_bits_in_every_order_and_batch, "spectrogram", False),
+]
+SIMT = [
+    *_window("fp32-D40-G3"),
+    partial(window.test_same_bits_in_every_order_and_batch, "spectrogram", True),
+]
+BAM = [
+    partial(scores.test_bam_scores, False, False),
+    scores.test_bam_rows_out_of_range_are_done_again,
+    partial(scores.test_same_bits_in_every_order_and_batch, False),
+]
+ROWS = [
+    partial(scores.test_bam_scores, True, False),
+    partial(scores.test_bam_scores, True, True),
+    scores.test_bam_scores_show_nan,
+]
+MLP = [partial(scores.test_mlp_scores, (9, 4, True, False), log) for log in (False, True)]
+
+RANDOM = emulated.ORDERS[2]
+DECODE = [
+    partial(attend.test_decode, attend.BF16, RANDOM),
+    partial(attend.test_decode_shapes, 128, 128, 4),
+    attend.test_decode_of_several_columns,
+    partial(attend.test_queries_in_the_middle_of_a_segment, 2, False),
+    partial(attend.test_queries_that_see_nothing, 1, False),
+]
+PREFILL = [
+    partial(attend.test_prefill, RANDOM),
+    partial(attend.test_prefill_shapes, 256, 256, 2, attend.BF16),
+    partial(attend.test_prefill_shapes, 72, 40, 1, attend.BF16),
+    partial(attend.test_queries_in_the_middle_of_a_segment, 80, False),
+    partial(attend.test_queries_that_see_nothing, 70, False),
+]
+ATTEND_SIMT = [
+    partial(attend.test_simt, 33, 7, 3, attend.FP32, split) for split in (True, False)
+] + [partial(attend.test_queries_in_the_middle_of_a_segment, n, True) for n in (2, 80)]
+SELECT = [
+    partial(select.test_select, rule, kind) for rule in select.RULES for kind in ("normal", "ties")
+] + [
+    partial(select.test_select, "budget_no_threshold", "zeros"),
+    partial(select.test_segment_longer_than_a_block, "layer"),
+    select.test_equal_keys_across_heads,
+    select.test_equal_keys_cut_between_heads,
+    partial(select.test_nan_is_reported_and_poisons_its_segment_only, "layer"),
+    partial(select.test_inactive_rows_keep_everything, "threshold"),
+]
+COMPACT = [
+    partial(compact.test_compact, "random", RANDOM),
+    compact.test_no_write_leaves_its_slot,
+    compact.test_long_tiles,
+    partial(compact.test_rows_of_every_size, 5, 3, attend.BF16, 0),
+]
+APPEND = [
+    partial(append.test_append, case, 16, 8, attend.BF16, 8, 0, order)
+    for case in ("ragged_columns", "two_blocks")
+    for order in emulated.ORDERS
+] + [
+    append.test_writes_stay_inside_their_slot,
+    partial(append.test_append, "ragged_columns", 5, 3, attend.FP16, 1, 2, RANDOM),
+]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Replace ``old`` by ``new`` once in ``file``; ``source`` is the .cu that includes it."""
+
+    name: str
+    source: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[Callable[[], None], ...]
+
+
+def _faults(
+    source: str, file: str, tests: list[Callable[[], None]], *changes: tuple[str, str, str]
+) -> list[Fault]:
+    return [Fault(n, source, file, old, new, tuple(tests)) for n, old, new in changes]
+
+
+FAULTS = [
+    *_faults(
+        "window", "window_mma.cuh", MMA,
+        ("no-barrier-behind-copies", "    cp_async_wait<1>();\n    __syncthreads();",
+         "    cp_async_wait<1>();"),
+        ("wait-too-shallow", "cp_async_wait<1>()", "cp_async_wait<2>()"),
+        ("swizzle-of-reader", "q_half) ^ (q_row & 7)", "q_half) ^ (q_row & 3)"),
+        ("query-fragments-crossed", "k_frag[mt][step], frag[0], frag[1]",
+         "k_frag[mt][step], frag[0], frag[2]"),
+        ("key-fragments-crossed", "k_frag[mt][step][half + 2] = live ? words[step * 8 + 4 + c]",
+         "k_frag[mt][step][half + 2] = live ? words[step * 8 + c]"),
+        ("own-row-invisible", "key_pos[mt][i >> 1] <= pos_q + row &&",
+         "key_pos[mt][i >> 1] < pos_q + row &&"),
+        ("diagonal-unmasked", "warp_last_pos > pos_q + row0 ||",
+         "warp_last_pos > pos_q + row0 + kHop ||"),
+        ("halves-of-window-swapped", "a, dft[1][t][0], dft[1][t][1]",
+         "a, dft[0][t][0], dft[1][t][1]"),
+        ("reads-dead-keys", "const bool live = warp_row + row < tile.live;", "const bool live = true;"),
+        ("writes-dead-rows", "} else if (row < tile.live) {", "} else {"),
+        ("inactive-not-copied", "out[first * kNumBins + i] = state[first * kNumBins + i];", ";"),
+        ("last-part-too-long", "const int num_heads = min(part_heads, w.num_groups - part * part_heads);",
+         "const int num_heads = part_heads;"),
+        ("ring-too-small", "kSharedBytes = kStages * kStageBytes",
+         "kSharedBytes = (kStages - 1) * kStageBytes"),
+        ("mean-kept-over-hops", "mean[mt][nt][i] = 0.0f;", "mean[mt][nt][i] += 0.0f;"),
+        ("bin-16-lost", "if (c == 0) target[16]", "if (c == 1) target[16]"),
+    ),
+    *_faults(
+        "window", "window_simt.cuh", SIMT,
+        ("hop-too-late", "(pos - pos_q) / kHop : 0", "(pos - pos_q) / kHop + 1 : 0"),
+        ("no-barrier-before-slices", "        __syncthreads();\n        for (int i = thread; i < kHop * kSimtSlice",
+         "        for (int i = thread; i < kHop * kSimtSlice"),
+        ("hops-share-a-buffer", "const float* before = probs + ((hop + 1) & 1)",
+         "const float* before = probs + (hop & 1)"),
+    ),
+    *_faults(
+        "window", "dft_table.cuh", [*_window("bf16-D64-G2"), *SIMT],
+        ("sine-shifted", "cos_table(bin * m - 8)", "cos_table(bin * m - 7)"),
+    ),
+    *_faults(
+        "window", "platform.cuh", SIMT,
+        ("tiles-of-segments", "seg.cu_seqlens_k[middle] / tile_rows + middle <= tile",
+         "seg.cu_seqlens_k[middle] / tile_rows <= tile"),
+    ),
+    *_faults(
+        "bam", "bam.cuh", BAM,
+        ("self-masked", "j >= own && j < tile.live", "j > own && j < tile.live"),
+        ("older-tokens-seen", "first < warp_row + kBamWarpRows ||", "first < warp_row ||"),
+        ("tail-counted", "|| first + kBamKeys > tile.live;", ";"),
+        ("wait-too-shallow", "cp_async_wait<kBamStages - 2>", "cp_async_wait<kBamStages - 1>"),
+        ("no-barrier-behind-copies", "2>();\n    __syncthreads();", "2>();"),
+        ("swizzle-of-reader", "(x_chunk ^ (row >> 1 & 3))", "(x_chunk ^ (row & 3))"),
+        ("overflow-not-redone", "[tile.start + row] = !good;", "[tile.start + row] = false;"),
+        ("no-barrier-behind-folded", "  __syncthreads();\n  if (row >= tile.live) return;",
+         "  if (row >= tile.live) return;"),
+    ),
+    *_faults(
+        "bam", "bam.cuh", ROWS,
+        ("row-vectors-unordered", "      g[lane] = gd;\n    }\n    __syncwarp();",
+         "      g[lane] = gd;\n    }"),
+        ("maximum-not-merged", "sums.num * mine + other.num * theirs", "sums.num + other.num"),
+    ),
+    *_faults(
+        "bam", "features.cuh", ROWS,
+        ("angle-in-float", "const double angle = age * kRecencyFreq[j];",
+         "const double angle = static_cast<float>(age) * static_cast<float>(kRecencyFreq[j]);"),
+        ("log-unclamped", "clamp ? fminf(fmaxf(z, -kLogClamp), kLogClamp) : z", "z"),
+    ),
+    *_faults(
+        "mlp", "mlp.cu", MLP,
+        ("dead-layers-forgotten", "(p.depth - 2) * (hidden * hidden + biased)", "0"),
+        ("reads-behind-live", "  if (row >= tile.live) return;\n\n  float x", "  float x"),
+    ),
+    *_faults(
+        "attend", "attend_mma.cuh", [*DECODE, *PREFILL],
+        ("swizzle-of-reader", "(vector ^ (row & 7)) << 4", "(vector ^ (threadIdx.x & 7)) << 4"),
+        ("keys-crossed", "mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);",
+         "mma_m16n8k16<T>(s[2 * n], a, b[0], b[2]);"),
+        ("values-not-transposed", "ldmatrix_x4_trans(b, Layout::at(v,",
+         "ldmatrix_x4(b, Layout::at(v,"),
+        ("probabilities-crossed", "pack2<T>(s[2 * step][2], s[2 * step][3]),",
+         "pack2<T>(s[2 * step + 1][2], s[2 * step + 1][3]),"),
+        ("mask-off-by-one", "% 2 >= limit[j / 2]", "% 2 > limit[j / 2]"),
+        ("mask-of-other-row", ">= limit[j / 2]", ">= limit[0]"),
+        ("no-rescale-of-sum", "    state.sum[h] *= shrink;\n", ""),
+        ("no-rescale-of-out", "state.out[n][2 * h + 1] *= shrink;", ";"),
+        ("maximum-of-two-lanes", "__shfl_xor_sync(kFullMask, tile_max[h], 2)", "tile_max[h]"),
+        ("sum-of-two-lanes", "sum[h] += __shfl_xor_sync(kFullMask, sum[h], 2);", ";"),
+        ("empty-row-divides", "base[h] = safe_max(max);", "base[h] = max;"),
+        ("dead-rows-loaded", "row < valid && vector * 8 < dim", "vector * 8 < dim"),
+        ("columns-behind-row-loaded", "row < valid && vector * 8 < dim", "row < valid"),
+    ),
+    *_faults(
+        "attend", "attend_mma.cuh", PREFILL,
+        ("prefill-tile-not-awaited", "    cp_async_wait<0>();\n    __syncthreads();  // the tile",
+         "    __syncthreads();  // the tile"),
+        ("prefill-no-barrier", "    cp_async_wait<0>();\n    __syncthreads();  // the tile",
+         "    cp_async_wait<0>();  // the tile"),
+        ("prefill-mask-forgotten", "key + Shape::kKeys > seen_by_all, limit",
+         "key > seen_by_all, limit"),
+        ("prefill-rows-behind-written", "if (row >= rows.count) continue;", ""),
+        ("prefill-values-behind-written", "if (n * 8 >= p.head_dim_v) continue;", ""),
+    ),
+    *_faults(
+        "attend", "attend_mma.cuh", DECODE,
+        ("decode-wait-too-shallow", "cp_async_wait<Shape::kStages - 2>()",
+         "cp_async_wait<Shape::kStages - 1>()"),
+        ("decode-no-barrier",
+         "    __syncthreads();  // the tile is there for all, and nobody reads the stage to fill", "//"),
+        ("decode-stage-overwritten", "load_tile(tile + Shape::kStages - 1);",
+         "load_tile(tile + Shape::kStages);"),
+        ("decode-part-too-long", "min(chunk.end, count_visible(pos, chunk.live, rows.pos_first + row /",
+         "max(chunk.end, count_visible(pos, chunk.live, rows.pos_first + row /"),
+        ("decode-merge-forgets-weight", "total += weight[w] * warp_out", "total += warp_out"),
+        ("decode-merge-before-barrier",
+         "  __syncthreads();\n  for (int32_t i = warp; i <= row_last", "  for (int32_t i = warp; i <= row_last"),
+        ("decode-parts-share-a-place", "int64_t{blockIdx.x} * partials.rows_per_part + row;",
+         "int64_t{chunk.segment} * partials.rows_per_part + row;"),
+    ),
+    *_faults(
+        "attend", "attend.cuh", [*DECODE, *PREFILL, *ATTEND_SIMT],
+        ("guess-not-checked", "if (guess >= 1 && pos[guess - 1] == query_pos)", "if (guess >= 1)"),
+        ("search-off-by-one", "if (pos[middle] <= query_pos)", "if (pos[middle] < query_pos)"),
+        ("group-and-column-swapped", "(rows.first + r / p.num_groups) * p.q_strides[2]",
+         "(rows.first + r % p.num_groups) * p.q_strides[2]"),
+        ("lse-base-2", "(max + fast_log2(sum)) * kLn2", "(max + fast_log2(sum))"),
+        ("first-column-forgotten",
+         "(rows.first + r / p.num_groups) * p.out_strides[1]", "(r / p.num_groups) * p.out_strides[1]"),
+    ),
+    *_faults(
+        "attend", "attend.cu", DECODE,
+        ("combine-one-part-less", "i < num_parts; ++i) {\n    const float2 part",
+         "i < num_parts - 1; ++i) {\n    const float2 part"),
+        ("combine-of-next-segment", "/ kMinChunk + segment;", "/ kMinChunk;"),
+        ("combine-forgets-weight", "total += ex2(max_sum[offset].x - base) *", "total += "),
+    ),
+    *_faults(
+        "attend", "attend_simt.cuh", ATTEND_SIMT,
+        ("newer-keys-seen", "key < end && key_pos <=", "key < end || key_pos <="),
+        ("no-barrier-before-softmax", "    __syncthreads();  // the logits are there\n", ""),
+        ("no-barrier-before-values", "    __syncthreads();  // the probabilities are there\n", ""),
+        ("no-barrier-before-next-keys",
+         "    __syncthreads();  // the next keys may overwrite probs\n", ""),
+        ("no-rescale", "out[r * dim_v + d] * shrink[r];", "out[r * dim_v + d];"),
+    ),
+    *_faults(
+        "select", "select.cu", SELECT,
+        ("minus-zero-below-zero", "p.scores[seg.start + i] + 0.0f)", "p.scores[seg.start + i])"),
+        ("order-of-negatives", "bits >> 31 ? ~bits : bits | 0x80000000u", "bits | 0x80000000u"),
+        ("older-wins-ties", "(static_cast<uint32_t>(pos) & 0x7fffffffu)",
+         "(~static_cast<uint32_t>(pos) & 0x7fffffffu)"),
+        ("threshold-excluded", ">= p.threshold ||", "> p.threshold ||"),
+        ("recent-off-by-one", "< p.recent_tokens ||", "<= p.recent_tokens ||"),
+        ("newest-not-first", "if (p.protect_newest && i == seg.live - 1) return kNewest;", ""),
+        ("bin-off-by-one", "remaining <= above + inside", "remaining < above + inside"),
+        ("prefix-ignored", "|| key >> kDigitBits == prefix", "|| true"),
+        ("stops-too-early", "const bool all_equal = remaining == shared.found[1];",
+         "const bool all_equal = remaining <= shared.found[1];"),
+        ("ties-per-segment", "equal_left = max(int64_t{0}, equal_left - total);", ";"),
+        ("histogram-not-cleared", "shared.histogram[i] = 0;", "shared.histogram[i] += 0;"),
+        ("no-barrier-behind-histogram", "    __syncthreads();\n    if (threadIdx.x < kWarpSize) {",
+         "    if (threadIdx.x < kWarpSize) {"),
+        ("fill-of-other-batch-row", "for (int s = b * heads; s < (b + 1) * heads; ++s) {\n      const",
+         "for (int s = 0; s < (b + 1) * heads; ++s) {\n      const"),
+        ("nan-not-counted", "static_cast<int64_t>(score != score) << 32", "0"),
+        ("inactive-decided", "if (p.active[b] == 0) return;", ""),
+        ("budget-of-one-head", "int64_t{p.cache_size} * (last - first)", "int64_t{p.cache_size}"),
+    ),
+    *_faults(
+        "compact", "compact.cu", COMPACT,
+        ("head-bytes-forgotten", "if (t < head) count += keep[t] != 0;", ""),
+        ("tail-bytes-forgotten", "if (t < n - tail) count += keep[tail + t] != 0;", ""),
+        ("dead-rows-kept", "row < tile.live && keep[row] != 0", "keep[row] != 0"),
+        ("rank-off-by-one", "__popc(ballots[j] & ((1u << lane) - 1u))",
+         "__popc(ballots[j] & ((2u << lane) - 1u))"),
+        ("no-barrier-before-counts", "  __syncthreads();\n  int32_t rank_before = 0;",
+         "  int32_t rank_before = 0;"),
+        ("no-barrier-before-list", "  __syncthreads();  // the list is complete\n", ""),
+        ("slot-overrun", "min(int64_t{count}, room)", "int64_t{count}"),
+        ("positions-of-old-store", "p.pos_out + to, p.pos + from", "p.pos_out + to, p.pos"),
+    ),
+    *_faults(
+        "append", "append.cu", APPEND,
+        ("grows-while-others-read", "const bool grow = grid.y == 1;", "const bool grow = true;"),
+        ("no-barrier-before-growing", "    __syncthreads();  // everybody has read seqused_k\n", ""),
+        ("state-not-cleared", "p.state[row * p.num_state + f] = 0.0f;", ";"),
+        ("column-zero", "column = p.first[b] + i", "column = i"),
+        ("room-ignored", "min(room, p.num_cols - p.first[b])", "p.num_cols - p.first[b]"),
+        ("misaligned-vectors", "return bits % 16 == 0;", "return bits % 2 == 0;"),
+    ),
+]  # fmt: skip
+
+#: Only hardware shows these.
+UNSEEN = _faults(
+    "bam", "bam.cuh", ROWS,
+    # Lanes meet in the shuffles at the end of a row; on the GPU those order no memory.
+    ("vectors-overwritten", "    __syncwarp();  // the vectors of the row before have been read\n", ""),
+)  # fmt: skip
+
+
+def _fails(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    kernels = tmp_path / "kernels"
+    shutil.copytree(KERNELS, kernels)
+    path = kernels / fault.file
+    text = path.read_text()
+    assert fault.old in text, f"{fault.file} no longer contains what {fault.name} replaces"
+    path.write_text(text.replace(fault.old, fault.new, 1))
+    lib = emulated.load(emulated.build(kernels, fault.source, "-O0"))
+    monkeypatch.setattr(emulated, "library", lambda: lib)
+    for test in fault.tests:
+        try:
+            test()
+        except (AssertionError, emulated.EmulationError):
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.source}-{f.name}")
+def test_fault_is_caught(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _fails(fault, tmp_path, monkeypatch), "no test noticed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", UNSEEN, ids=lambda f: f"{f.source}-{f.name}")
+def test_fault_is_known_to_be_unseen(
+    fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails the emulation has learned something: move the fault to FAULTS."""
+    assert not _fails(fault, tmp_path, monkeypatch)
+
+
+def test_intact_kernels_pass() -> None:
+    for test in {t for fault in FAULTS for t in fault.tests}:
+        test()
