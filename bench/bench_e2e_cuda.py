@@ -1,0 +1,175 @@
+"""A Llama-3-8B with random weights end to end: full cache against a memory that keeps a quarter.
+
+``python bench/bench_e2e_cuda.py [--out FILE.json] [--seconds S] [--smoke]`` prints prefill time,
+decode speed and peak memory for each context, batch and memory. Random weights have the speed of
+trained ones. The full cache is transformers' own (SDPA, ``DynamicCache``), prefilled in chunks of
+4096 tokens; the memory is a ``NAMMCache`` with random parameters and ``cache_size`` a quarter of
+the context, updated every 512 tokens. Cases start until S seconds are over; what was not reached
+is listed. ``--smoke`` runs a tiny model once, also on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench_cuda import environment
+from namm_ext import NAMM, NAMMCache, NAMMConfig
+
+CHUNK = 4096
+DECODE_TOKENS = 64
+
+
+@dataclass
+class Row:
+    """One case; times in seconds, memory in GB beyond the weights."""
+
+    context: int
+    batch_size: int
+    memory: str
+    prefill_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    peak_gb: float = 0.0
+    cache_gb: float = 0.0
+    note: str = ""
+
+
+def make_model(device: str, smoke: bool) -> Any:
+    """Llama-3-8B shapes in bf16, normal weights."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 1 << 18, "rope_theta": 500000.0, "bos_token_id": 1,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    if smoke:
+        sizes |= {
+            "vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1,
+        }  # fmt: skip
+    config = transformers.LlamaConfig(**sizes)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    return model.eval().requires_grad_(False)
+
+
+def make_policy(context: int) -> NAMM:
+    """A random NAMM whose cap lets a quarter of the context stay."""
+    config = NAMMConfig(threshold=None, cache_size=context // 4, n_up=min(512, context // 4))
+    generator = torch.Generator().manual_seed(0)
+    params = 0.05 * torch.randn(config.num_params, generator=generator)
+    return NAMM(config, params, mean=torch.full((17,), 0.5), var=torch.full((17,), 0.2))
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of keys and values a transformers cache holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@torch.inference_mode()
+def measure(model: Any, device: str, context: int, batch_size: int, memory: str) -> Row:
+    row = Row(context, batch_size, memory)
+    generator = torch.Generator().manual_seed(1)
+    vocab = model.config.vocab_size
+    ids = torch.randint(2, vocab, (batch_size, context), generator=generator).to(device)
+    if memory == "full":
+        model.set_attn_implementation("sdpa")
+        cache: Any = transformers.DynamicCache(config=model.config)
+    else:
+        cache = NAMMCache(model, make_policy(context))
+    weights = torch.cuda.memory_allocated() if device == "cuda" else 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    chunk = min(CHUNK, max(context // 4, 1))
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True)
+
+    synchronize(device)
+    start = time.perf_counter()
+    for first in range(0, context, chunk):
+        token = forward(ids[:, first : first + chunk])
+    synchronize(device)
+    row.prefill_s = time.perf_counter() - start
+
+    for _ in range(3):
+        token = forward(token)
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(DECODE_TOKENS):
+        token = forward(token)
+    synchronize(device)
+    row.decode_tokens_per_s = batch_size * DECODE_TOKENS / (time.perf_counter() - start)
+    if device == "cuda":
+        row.peak_gb = (torch.cuda.max_memory_allocated() - weights) / 1e9
+    row.cache_gb = (kv_bytes(cache) if memory == "full" else cache.report().kv_bytes) / 1e9
+    return row
+
+
+def show(row: Row) -> str:
+    head = f"{row.context:7} tokens  batch {row.batch_size}  {row.memory:5}"
+    if row.note:
+        return f"{head}  {row.note}"
+    return (
+        f"{head}  prefill {row.prefill_s:8.2f} s  decode {row.decode_tokens_per_s:8.1f} tokens/s  "
+        f"peak {row.peak_gb:6.1f} GB  cache {row.cache_gb:6.2f} GB"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after so long")
+    parser.add_argument("--smoke", action="store_true", help="tiny model, once, any device")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.smoke:
+        parser.error("no GPU: only --smoke can run")
+    started = time.monotonic()
+    model = make_model(device, args.smoke)
+    sizes = (
+        [(256, 1), (256, 2)] if args.smoke else [(32768, 1), (32768, 8), (131072, 1), (131072, 8)]
+    )
+    rows: list[Row] = []
+    # The first calls load kernels and choose algorithms.
+    for memory in ("full", "namm"):
+        measure(model, device, 256 if args.smoke else 8192, 1, memory)
+    for context, batch_size in sizes:
+        for memory in ("full", "namm"):
+            if time.monotonic() - started > args.seconds:
+                row = Row(context, batch_size, memory, note="not reached in time")
+            else:
+                try:
+                    row = measure(model, device, context, batch_size, memory)
+                except torch.OutOfMemoryError:
+                    row = Row(context, batch_size, memory, note="out of memory")
+            rows.append(row)
+            print(show(row), flush=True)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            if args.out:
+                report = {**environment(device), "rows": [asdict(r) for r in rows]}
+                args.out.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
