@@ -74,6 +74,7 @@ SELECT = [
 ] + [
     partial(select.test_select, "budget_no_threshold", "zeros"),
     partial(select.test_segment_longer_than_a_block, "layer"),
+    partial(select.test_select_orders, "fill", emulated.ORDERS[1]),
     select.test_equal_keys_across_heads,
     select.test_equal_keys_cut_between_heads,
     partial(select.test_nan_is_reported_and_poisons_its_segment_only, "layer"),
