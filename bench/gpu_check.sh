@@ -87,7 +87,7 @@ timeout "$(limit 150)" "$python" bench/bench_cuda.py $smoke --out "$results/$nam
 outcome[bench]=${PIPESTATUS[0]}
 say "end to end"
 timeout "$(limit 300)" "$python" bench/bench_e2e_cuda.py $smoke --seconds "$(($(left) - 60))" \
-  --out "$results/$name-e2e.json" 2>&1 | tee "$results/$name-e2e.txt"
+  --out "$results/$name-e2e.json" 2>&1 | tee -a "$results/$name.txt"
 outcome[e2e]=${PIPESTATUS[0]}
 
 # The short table: in Markdown for bench/results, and here.
@@ -104,9 +104,10 @@ outcome[e2e]=${PIPESTATUS[0]}
     echo "* $step: $verdict"
   done
   echo; echo '```'
-  cat "$results/$name.txt" "$results/$name-e2e.txt" 2>/dev/null
+  cat "$results/$name.txt" 2>/dev/null
   echo '```'
 } > "$results/$name.md"
+rm -f "$results/$name.txt" "$results/$name-build.log"
 say "summary"
 cat "$results/$name.md"
 exit "${outcome[tests]}"
