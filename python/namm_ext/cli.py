@@ -22,10 +22,11 @@ def main() -> None:
 
         app()
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        module = (error.name or "").split(".")[0]
+        extra = _EXTRAS.get(module)
         if extra is None:
             raise
-        sys.exit(f"namm: this needs {error.name}: pip install 'namm_ext[{extra}]'")
+        sys.exit(f"namm: this needs {module}: pip install 'namm_ext[{extra}]'")
     except (FileNotFoundError, ImportError, TypeError, ValueError) as error:
         sys.exit(f"namm: {error}")
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -214,9 +215,10 @@ def compare(
     try:
         run_comparison(loaded, methods, workloads, config, console, rows)
     finally:
-        console.print(comparison_table(rows, keep, console.width))
-        console.print()
-        console.print(legend(n_up))
+        if any(row.exact_match for row in rows):
+            console.print(comparison_table(rows, keep, console.width))
+            console.print()
+            console.print(legend(n_up))
     if json_file is not None:
         values = {
             "namm_ext": __version__,
@@ -290,17 +292,15 @@ def evolve_command(
     """Evolve a memory for a model. Ctrl-C stops after the generation, the same command resumes."""
     _need("cma")
     _set_threads(threads)
-    from .config import NAMMConfig
     from .evolution import EvolveConfig, evolve
 
     lengths = tuple(length) if length else EvolveConfig().lengths
     longest = max(lengths)
     config = EvolveConfig(
-        namm=NAMMConfig(
+        namm=EvolveConfig().namm.replace(
             n_up=n_up,
             budget=budget,
             feature_transform=features,
-            threshold=None,
             cache_size=max(1, int(keep * longest)),
         ),
         generations=generations,
@@ -423,7 +423,7 @@ def info() -> None:
         ("policies", ", ".join(f"bundled:{name}" for name in bundled_policies()) or "none"),
         *(("extra missing", text) for text in _missing_extras()),
     ):
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(f"[bold]{name}[/]", escape(value))
     _console().print(table)
 
 

@@ -391,7 +391,12 @@ def compare(
 
     Returns:
         list[Row]: workload by workload, in the order of the methods.
+
+    Raises:
+        ValueError: if ``keep_fraction`` is not a share.
     """
+    if not 0 < keep_fraction <= 1:
+        raise ValueError(f"keep_fraction must be in (0, 1], got {keep_fraction}")
     rows = [] if rows is None else rows
     for workload in workloads:
         budget = max(1, int(keep_fraction * workload.length))

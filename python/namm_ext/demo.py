@@ -9,7 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from .compare import (
     namm_method,
     num_steps,
 )
-from .evolution import EvolveConfig, EvolveResult, evaluate_policy, evolve, validation_batch
+from .evolution import EvolveResult, evaluate_policy, evolve, validation_batch
 from .policy import NAMM, Policy
 from .tables import chart, comparison_table, legend, verdict
 from .tasks import HELD_OUT_FAMILIES, TEST_SEED, UNSEEN_FAMILIES, VALIDATION_SEED
+from .zoo.evolve_bundled import LINEAR
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,10 @@ def _progress(console: Console) -> Progress:
 
 
 class _Live:
-    """A fresh memory, evolved for a while; whatever is there when it ends can be shown."""
+    """A fresh memory, evolved for a while; whatever is there when it ends can be shown.
+
+    It is the first phase of the bundled memory's recipe: a linear scorer of 25 parameters.
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, policy: NAMM, config: DemoConfig, output_dir: Path
@@ -220,8 +224,9 @@ class _Live:
         self.model, self.tokenizer, self.demo = model, tokenizer, config
         self.output_dir = output_dir
         budget = max(1, int(config.keep_fraction * config.evolve_length))
-        self.config = EvolveConfig(
-            namm=policy.config.replace(cache_size=budget),
+        self.config = replace(
+            LINEAR,
+            namm=LINEAR.namm.replace(n_up=policy.config.n_up, cache_size=budget),
             generations=100_000,
             popsize=config.popsize,
             lengths=(config.evolve_length,),
@@ -242,9 +247,9 @@ class _Live:
     def run(self, console: Console) -> None:
         """Measure where the others stand, then evolve until the time is over."""
         console.print(
-            f"\n[bold]Evolving a fresh NAMM[/] for {self.demo.evolve_seconds:.0f} seconds on "
-            f"contexts of {self.demo.evolve_length} tokens, {self.config.popsize} candidates per "
-            "generation"
+            f"\n[bold]Evolving a fresh NAMM[/] ({self.config.namm.num_params} parameters) for "
+            f"{self.demo.evolve_seconds:.0f} seconds on contexts of {self.demo.evolve_length} "
+            f"tokens, {self.config.popsize} candidates per generation"
         )
         with _progress(console) as progress:
             task = progress.add_task("the others' level", total=self.demo.evolve_seconds)
