@@ -95,8 +95,8 @@ Status launch_simt(const AttendParams& p, const Partials& partials, const Launch
                   config.stream, p, partials, row_tiles);
   }
   const auto segments = static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads);
-  return launch(attend_simt_kernel<T, false>, dim3(segments * row_tiles),
-                dim3(SimtShape::kThreads), shared, config.stream, p, partials, row_tiles);
+  return launch(attend_simt_kernel<T, false>, dim3(segments * row_tiles), dim3(SimtShape::kThreads),
+                shared, config.stream, p, partials, row_tiles);
 }
 
 template <class T>

@@ -146,8 +146,8 @@ NAMM_DEVICE void attend_tile(RowState<kHeadDim>& state, const GetA& get_a, Share
     for (int n = 0; n < kKeys / 16; ++n) {
       // Keys are the rows: matrices (keys, d), (keys, d + 8), (keys + 8, d), (keys + 8, d + 8).
       uint32_t b[4];
-      ldmatrix_x4(b, Layout::at(k, key + n * 16 + lane % 8 + lane / 16 * 8,
-                                2 * step + lane / 8 % 2));
+      ldmatrix_x4(b,
+                  Layout::at(k, key + n * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
       mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);
       mma_m16n8k16<T>(s[2 * n + 1], a, b[2], b[3]);
     }
@@ -225,8 +225,7 @@ __global__ __launch_bounds__(PrefillShape<kHeadDim>::kThreads) void attend_prefi
 
   // Keys that all rows of the block see, that some row sees, and that this thread's rows see.
   const int32_t row_last = min(row_first + Shape::kRows, rows.count) - 1;
-  const int32_t seen_by_all =
-      count_visible(pos, live, rows.pos_first + row_first / p.num_groups);
+  const int32_t seen_by_all = count_visible(pos, live, rows.pos_first + row_first / p.num_groups);
   const int32_t seen = count_visible(pos, live, rows.pos_first + row_last / p.num_groups);
   int32_t row_seen[2];
   for (int h = 0; h < 2; ++h) {
@@ -260,7 +259,7 @@ __global__ __launch_bounds__(PrefillShape<kHeadDim>::kThreads) void attend_prefi
       load_a<kHeadDim>(q[step], q_tile, warp * 16, step);
     }
   }
-  const auto get_a = [&](uint32_t(&a)[4], int step) {
+  const auto get_a = [&](uint32_t (&a)[4], int step) {
     if constexpr (Shape::kQueriesInRegisters) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[j] = q[step][j];
@@ -356,7 +355,7 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
   uint32_t q[kHeadDim / 16][4];
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) load_a<kHeadDim>(q[step], q_tile, 0, step);
-  const auto get_a = [&](uint32_t(&a)[4], int step) {
+  const auto get_a = [&](uint32_t (&a)[4], int step) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) a[j] = q[step][j];
   };
@@ -379,8 +378,8 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
 
   // The warps' results meet in shared memory and are added in the order of the warps.
   cp_async_wait<0>();
-  __syncthreads();  // nobody reads the stages any more
-  auto* warp_out = reinterpret_cast<float*>(shared);             // [kWarps][kRows][kHeadDim]
+  __syncthreads();                                    // nobody reads the stages any more
+  auto* warp_out = reinterpret_cast<float*>(shared);  // [kWarps][kRows][kHeadDim]
   float* warp_max = warp_out + Shape::kWarps * Shape::kRows * kHeadDim;  // [kWarps][kRows]
   float* warp_sum = warp_max + Shape::kWarps * Shape::kRows;
 #pragma unroll

@@ -1,6 +1,7 @@
 // attend_ without tensor cores: float32, and every head_dim, stride and alignment.
 //
-// Mapping   block = 8 packed query rows of one segment and, if split, one part of its keys. A thread
+// Mapping   block = 8 packed query rows of one segment and, if split, one part of its keys. A
+// thread
 //           has one of 128 keys in Q K^T and some of the value columns in P V; probabilities pass
 //           through shared memory.
 // Cost      rows * keys * (D + Dv) multiply-adds; K and V are read once per 8 rows.
@@ -25,8 +26,9 @@ struct SimtShape {
 };
 
 template <class T, bool kSplit>
-__global__ __launch_bounds__(SimtShape::kThreads, 4) void attend_simt_kernel(
-    const __grid_constant__ AttendParams p, const Partials partials, int row_tiles) {
+__global__ __launch_bounds__(SimtShape::kThreads,
+                             4) void attend_simt_kernel(const __grid_constant__ AttendParams p,
+                                                        const Partials partials, int row_tiles) {
   constexpr int kThreads = SimtShape::kThreads, kWarps = SimtShape::kWarps;
   constexpr int kRows = SimtShape::kRows, kKeys = SimtShape::kKeys;
   NAMM_DYNAMIC_SHARED(shared);
@@ -89,8 +91,7 @@ __global__ __launch_bounds__(SimtShape::kThreads, 4) void attend_simt_kernel(
     const int32_t key_pos = key < end ? pos[key] : 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const bool visible =
-          key < end && key_pos <= rows.pos_first + (row_first + r) / p.num_groups;
+      const bool visible = key < end && key_pos <= rows.pos_first + (row_first + r) / p.num_groups;
       probs[r * kKeys + threadIdx.x] = visible ? dot[r] * scale_log2 : -INFINITY;
     }
     __syncthreads();  // the logits are there

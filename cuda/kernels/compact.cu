@@ -57,7 +57,8 @@ NAMM_DEVICE void move_rows(void* target, const void* source, const int32_t* list
     for (int j = 0; j < kUnroll; ++j) {
       const int64_t i = first + j * kThreads;
       if (i < total) {
-        const auto row = static_cast<int32_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(units));
+        const auto row =
+            static_cast<int32_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(units));
         unit[j] = from[int64_t{list[row]} * units + (i - int64_t{row} * units)];
       }
     }
@@ -132,8 +133,9 @@ __global__ __launch_bounds__(kThreads) void compact_kernel(const __grid_constant
 Status launch_compact(const CompactParams& p, const Launch& config) {
   // Longer tiles where the store is long: a block reads every keep byte before its own.
   const int64_t wanted = config.capacity / 1024 / kThreads * kThreads;
-  const int tile_rows =
-      static_cast<int>(wanted < kThreads ? kThreads : wanted > kMaxTileRows ? kMaxTileRows : wanted);
+  const int tile_rows = static_cast<int>(wanted < kThreads       ? kThreads
+                                         : wanted > kMaxTileRows ? kMaxTileRows
+                                                                 : wanted);
   const uintptr_t bits =
       reinterpret_cast<uintptr_t>(p.k) | reinterpret_cast<uintptr_t>(p.v) |
       reinterpret_cast<uintptr_t>(p.k_out) | reinterpret_cast<uintptr_t>(p.v_out) |
@@ -141,8 +143,8 @@ Status launch_compact(const CompactParams& p, const Launch& config) {
   auto* kernel = bits % 16 == 0  ? compact_kernel<uint4>
                  : bits % 4 == 0 ? compact_kernel<uint32_t>
                                  : compact_kernel<uint16_t>;
-  return launch(kernel, dim3(num_tiles(p.seg, config.capacity, tile_rows)), dim3(kThreads),
-                0, config.stream, p, tile_rows);
+  return launch(kernel, dim3(num_tiles(p.seg, config.capacity, tile_rows)), dim3(kThreads), 0,
+                config.stream, p, tile_rows);
 }
 
 }  // namespace namm_ext::gpu

@@ -107,11 +107,11 @@ struct Cut {
 };
 
 struct SelectShared {
-  int32_t* histogram;  // kBins
-  int64_t* sums;       // kWarps + 1
+  int32_t* histogram;    // kBins
+  int64_t* sums;         // kWarps + 1
   int32_t* warp_counts;  // kWarps
-  int32_t* digit;      // chosen bin
-  int64_t* found;      // rows above the bin, rows inside the bin
+  int32_t* digit;        // chosen bin
+  int64_t* found;        // rows above the bin, rows inside the bin
 };
 
 // The `wanted` greatest keys of the segments [first, last), those with a NaN left out.
@@ -268,8 +268,8 @@ size_t select_workspace(const SelectParams& p, int64_t) {
 Status launch_select(const SelectParams& p, const Launch& config) {
   const auto segments = static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads);
   auto* counts = static_cast<int32_t*>(config.workspace);
-  const Status status = launch(count_kernel, dim3(segments), dim3(kThreads), 0,
-                               config.stream, p, counts);
+  const Status status =
+      launch(count_kernel, dim3(segments), dim3(kThreads), 0, config.stream, p, counts);
   if (status != 0) return status;
   if (p.budget == Budget::kPerLayer && p.cache_size >= 0) {
     return launch(decide_kernel<true>, dim3(static_cast<unsigned>(p.seg.batch_size)),

@@ -76,9 +76,8 @@ void attend(Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor pos, Te
 Tensor spectrogram(Tensor q_window, Tensor lse_window, Tensor k, Tensor pos, Tensor state,
                    Tensor cu_seqlens_k, Tensor seqused_k, Tensor pos_q, Tensor active,
                    double softmax_scale, double ema_coeff) {
-  SpectrogramParams params =
-      check_spectrogram(q_window, lse_window, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active,
-                        softmax_scale, ema_coeff);
+  SpectrogramParams params = check_spectrogram(q_window, lse_window, k, pos, state, cu_seqlens_k,
+                                               seqused_k, pos_q, active, softmax_scale, ema_coeff);
   Device device("spectrogram", k);
   Tensor state_out = torch::stable::new_empty(state, state.sizes());
   params.state_out = data<float>(state_out);
@@ -89,9 +88,9 @@ Tensor spectrogram(Tensor q_window, Tensor lse_window, Tensor k, Tensor pos, Ten
 Tensor attention_received(Tensor q_window, Tensor lse_window, Tensor k, Tensor pos,
                           Tensor cu_seqlens_k, Tensor seqused_k, Tensor pos_q, Tensor active,
                           double softmax_scale, int64_t first_row) {
-  ReceivedParams params = check_attention_received(q_window, lse_window, k, pos, cu_seqlens_k,
-                                                   seqused_k, pos_q, active, softmax_scale,
-                                                   first_row);
+  ReceivedParams params =
+      check_attention_received(q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q, active,
+                               softmax_scale, first_row);
   Device device("attention_received", k);
   Tensor received = torch::stable::new_empty(lse_window, {k.size(0)});
   params.received = data<float>(received);
