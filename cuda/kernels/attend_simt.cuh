@@ -1,9 +1,8 @@
 // attend_ without tensor cores: float32, and every head_dim, stride and alignment.
 //
-// Mapping   block = 8 packed query rows of one segment and, if split, one part of its keys. A
-// thread
-//           has one of 128 keys in Q K^T and some of the value columns in P V; probabilities pass
-//           through shared memory.
+// Mapping   block = 8 packed query rows of one segment and, if split, one part of its keys.
+//           A thread has one of 128 keys in Q K^T and some of the value columns in P V;
+//           probabilities pass through shared memory.
 // Cost      rows * keys * (D + Dv) multiply-adds; K and V are read once per 8 rows.
 // Numerics  float throughout; sums over D and over keys run in order.
 // Limits    8 * (D + Dv) floats of shared memory.
@@ -16,6 +15,7 @@ namespace namm_ext::gpu {
 struct SimtShape {
   static constexpr int kThreads = 128;
   static constexpr int kWarps = kThreads / kWarpSize;
+  static constexpr int kBlocks = 4;  // per SM; leaves 128 registers, so that nothing spills
   static constexpr int kRows = 8;
   static constexpr int kKeys = kThreads;
   static_assert(kRows % kWarps == 0, "every warp has the same number of rows in the softmax");
@@ -26,9 +26,8 @@ struct SimtShape {
 };
 
 template <class T, bool kSplit>
-__global__ __launch_bounds__(SimtShape::kThreads,
-                             4) void attend_simt_kernel(const __grid_constant__ AttendParams p,
-                                                        const Partials partials, int row_tiles) {
+__global__ __launch_bounds__(SimtShape::kThreads, SimtShape::kBlocks) void attend_simt_kernel(
+    const __grid_constant__ AttendParams p, const Partials partials, int row_tiles) {
   constexpr int kThreads = SimtShape::kThreads, kWarps = SimtShape::kWarps;
   constexpr int kRows = SimtShape::kRows, kKeys = SimtShape::kKeys;
   NAMM_DYNAMIC_SHARED(shared);
