@@ -27,6 +27,28 @@ def _is_number(value: object) -> bool:
     return _is_int(value) or isinstance(value, float)
 
 
+def check_layer_shares(owner: str, shares: object) -> None:
+    """ValueError unless ``shares`` is a tuple of positive numbers with mean 1."""
+    positive = isinstance(shares, tuple) and all(
+        _is_number(share) and 0.0 < share < math.inf for share in shares
+    )
+    if not positive or not math.isclose(sum(shares), len(shares), rel_tol=1e-6):
+        raise ValueError(
+            f"{owner}: layer_shares must be positive numbers with mean 1, one per layer, "
+            f"got {shares!r}"
+        )
+
+
+def layer_cache_size(cache_size: int, share: float) -> int:
+    """Tokens per head of a layer that has ``share`` times the mean budget; at least 1.
+
+    Example:
+        >>> layer_cache_size(256, 0.25)
+        64
+    """
+    return max(1, math.floor(cache_size * share + 1e-6))
+
+
 @dataclass(frozen=True)
 class NAMMConfig:
     """What a NAMM computes, apart from its parameters and statistics.
@@ -52,6 +74,9 @@ class NAMMConfig:
             the heads, shared by the heads of a layer. "global": all layers share one calibrated
             ``threshold`` (:func:`namm_ext.policy.calibrate_threshold`), so the budget is met on
             average; cache_size is then an additional limit for each head.
+        layer_shares: how the layers divide the budget, one positive number per layer with mean 1,
+            or None for equal parts: layer l has ``cache_size * layer_shares[l]`` tokens per head
+            (rounded down). Exact and local, unlike the global threshold.
         protect_newest: always keep the newest token. False is the original's plain top-k and
             needs ``threshold=None``, a cache_size and the budget "per_head".
         sink_tokens: always keep this many tokens at the start of the sequence.
@@ -81,11 +106,14 @@ class NAMMConfig:
     threshold: float | None = 0.0
     cache_size: int | None = None
     budget: str = "per_head"
+    layer_shares: tuple[float, ...] | None = None
     protect_newest: bool = True
     sink_tokens: int = 0
     recent_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer_shares, list):  # as JSON has it
+            object.__setattr__(self, "layer_shares", tuple(self.layer_shares))
         self._check_ranges()
         self._check_combinations()
 
@@ -124,10 +152,14 @@ class NAMMConfig:
             _fail("threshold", "a finite number or None", self.threshold)
         if self.cache_size is not None and not (_is_int(self.cache_size) and self.cache_size >= 1):
             _fail("cache_size", "an int of at least 1 or None", self.cache_size)
+        if self.layer_shares is not None:
+            check_layer_shares("NAMMConfig", self.layer_shares)
 
     def _check_combinations(self) -> None:
         if self.mlp_residual_first and self.mlp_depth > 1 and self.mlp_hidden != _NUM_FEATURES:
             _fail("mlp_hidden", f"{_NUM_FEATURES} with mlp_residual_first", self.mlp_hidden)
+        if self.layer_shares is not None and self.cache_size is None:
+            _fail("cache_size", "an int with layer_shares", self.cache_size)
         if self.selection == "reference" and self.budget == "per_layer":
             _fail("budget", "'per_head' or 'global' with selection 'reference'", self.budget)
         if self.budget == "per_layer" and self.cache_size is None:
@@ -144,8 +176,14 @@ class NAMMConfig:
                 self.protect_newest,
             )
         floors = self.sink_tokens + self.recent_tokens
-        if self.cache_size is not None and floors > self.cache_size:
-            _fail("cache_size", f"at least sink_tokens + recent_tokens = {floors}", self.cache_size)
+        if self.cache_size is not None:
+            smallest = layer_cache_size(self.cache_size, min(self.layer_shares or (1.0,)))
+            if floors > smallest:
+                _fail(
+                    "cache_size",
+                    f"at least sink_tokens + recent_tokens = {floors} in every layer",
+                    self.cache_size,
+                )
 
     @property
     def num_bins(self) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .config import NAMMConfig
+from .config import NAMMConfig, layer_cache_size
 from .reference import Statistics
 
 CONFIG_FILE = "config.json"
@@ -131,6 +131,22 @@ def select_rows(
         sink_tokens=sink_tokens,
         recent_tokens=recent_tokens,
     )
+
+
+def layer_share(layer_shares: tuple[float, ...] | None, ctx: UpdateContext) -> float:
+    """The share of the mean budget that the layer of an update has; 1 without ``layer_shares``.
+
+    Raises:
+        ValueError: if there is no entry for the layer.
+    """
+    if layer_shares is None:
+        return 1.0
+    if not 0 <= ctx.layer_idx < len(layer_shares):
+        raise ValueError(
+            f"layer_shares must have an entry for every layer, got {len(layer_shares)} entries "
+            f"and layer {ctx.layer_idx}"
+        )
+    return layer_shares[ctx.layer_idx]
 
 
 def check_num_kept(num_kept: Tensor, ctx: UpdateContext) -> list[int]:
@@ -462,11 +478,14 @@ class NAMM(Policy):
             (:func:`check_num_kept`).
         """
         c = self.config
+        size = c.cache_size
+        if size is not None:
+            size = layer_cache_size(size, layer_share(c.layer_shares, ctx))
         return select_rows(
             scores,
             ctx,
             threshold=c.threshold,
-            cache_size=c.cache_size,
+            cache_size=size,
             # The global budget is its calibrated threshold; cache_size caps each head.
             budget="per_layer" if c.budget == "per_layer" else "per_head",
             fill=c.selection == "reference",

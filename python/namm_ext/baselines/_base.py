@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..policy import Policy, UpdateContext, _fingerprint, select_rows
+from ..config import check_layer_shares, layer_cache_size
+from ..policy import Policy, UpdateContext, _fingerprint, layer_share, select_rows
 
 
 class Baseline(Policy):
@@ -58,6 +61,7 @@ class Baseline(Policy):
         self.cache_size = cache_size
         self.n_up = n_up
         self.budget = budget
+        self.layer_shares: tuple[float, ...] | None = None
         self.sink_tokens = sink_tokens
         self.recent_tokens = recent_tokens
 
@@ -71,14 +75,29 @@ class Baseline(Policy):
 
     def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """The best ``cache_size`` tokens and the floors."""
+        share = layer_share(self.layer_shares, ctx)
         return select_rows(
             scores,
             ctx,
-            cache_size=self.cache_size,
+            cache_size=layer_cache_size(self.cache_size, share),
             budget=self.budget,
             sink_tokens=self.sink_tokens,
-            recent_tokens=self.recent_tokens,
+            recent_tokens=math.floor(self.recent_tokens * min(share, 1.0)),
         )
+
+    def with_layer_shares(self, layer_shares: tuple[float, ...] | None) -> Baseline:
+        """The same rule with the budget divided among the layers as a `NAMMConfig` says.
+
+        A layer with less than an equal part keeps proportionally fewer recent tokens.
+
+        Raises:
+            ValueError: unless ``layer_shares`` is None or positive numbers with mean 1.
+        """
+        if layer_shares is not None:
+            check_layer_shares(type(self).__name__, layer_shares)
+        other = copy.copy(self)
+        other.layer_shares = layer_shares
+        return other
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
