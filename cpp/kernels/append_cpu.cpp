@@ -6,10 +6,11 @@
 #include <cstring>
 
 #include "kernels.h"
-#include "scalar.h"
 
 namespace namm_ext::cpu {
 namespace {
+
+int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 void copy_rows(char* dst, const char* src, int64_t rows, int64_t row_bytes, int64_t src_stride) {
   if (src_stride == row_bytes) {
