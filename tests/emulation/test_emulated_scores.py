@@ -107,7 +107,7 @@ def check(got: Tensor, exact: Tensor, x: Sample, tolerance: float) -> None:
     assert error <= tolerance, f"relative error {error:.3e} > {tolerance:.0e}"
 
 
-FLOAT = 2e-5
+FLOAT = 3e-6
 HALF = 2e-3  # x, z and g in fp16; kernels.md section 15
 
 
@@ -119,6 +119,12 @@ def test_bam_scores(simt: bool, log_transform: bool) -> None:
     x = make_sample(lengths, active=[True, False, True])
     got = run("bam_scores", x, log_transform, simt=simt)
     check(got, expected("bam_scores", x, log_transform), x, FLOAT if simt else HALF)
+    if not simt and not log_transform:  # logarithms are clamped at 20 and do leave the range
+        # A fault that makes NaN would be repaired by the row kernel. A repaired row has its bits,
+        # and rounding to fp16 gives them to hardly any other.
+        scored = live_rows(x) & (got != 0)
+        repaired = got[scored] == run("bam_scores", x, log_transform, simt=True)[scored]
+        assert repaired.float().mean() < 0.05, "rows were done again without need"
     row = slice(int(x.cu_seqlens_k[3]), int(x.cu_seqlens_k[3] + x.seqused_k[3]))
     assert (got[row] == 0).all()
 
