@@ -34,7 +34,7 @@ class EvolveConfig:
     """Everything an evolution depends on besides the model.
 
     Attributes:
-        namm: configuration of the memory; its ``cache_size`` is set per batch from ``keep_fraction``.
+        namm: of the memory; its ``cache_size`` is set per batch from ``keep_fraction``.
         generations: how many to run.
         popsize: candidates per generation.
         sigma0: initial step size of CMA-ES.
@@ -141,9 +141,7 @@ def with_budget(policy: NAMM, cache_size: int) -> NAMM:
 def calibration_batch(tokenizer: Any, config: EvolveConfig) -> list[Example]:
     """What the statistics of the features are taken from; training documents."""
     seed = (TRAIN_SEED, config.seed, 0)
-    return _batch(
-        tokenizer, config, "train", seed, config.validation_length, config.num_examples
-    )
+    return _batch(tokenizer, config, "train", seed, config.validation_length, config.num_examples)
 
 
 def linear_start(config: NAMMConfig, weights: Tensor) -> Tensor:
