@@ -276,7 +276,7 @@ def evolve_command(
     output: Annotated[Path, typer.Argument(help="Folder; a run that is there is resumed.")],
     model: Model = None,
     generations: Annotated[int, typer.Option(help="How many, in all.", min=1)] = 100,
-    popsize: Annotated[int, typer.Option(help="Candidates per generation.", min=2)] = 16,
+    popsize: Annotated[int, typer.Option(help="Candidates per generation.", min=4)] = 16,
     sigma: Annotated[float, typer.Option(help="Initial step size.")] = 0.065,
     seed: Annotated[int, typer.Option(help="Of search and batches.")] = 0,
     length: Annotated[

@@ -31,16 +31,16 @@ FULL = "full cache"
 FAMILIES = (*tasks.EVOLUTION_FAMILIES, *tasks.HELD_OUT_FAMILIES, *tasks.UNSEEN_FAMILIES)
 
 # What each rule is given besides its budget, found on validation data with
-#     namm compare --tune
+#     namm compare --tune --examples 3
 # `tune_baselines` says what is tried.
 TUNED: dict[str, dict[str, Any]] = {
-    "StreamingLLM": {},
-    "H2O": {},
-    "SnapKV": {},
-    "TOVA": {},
-    "KNorm": {},
-    "KeyDiff": {},
-    "Random": {},
+    "StreamingLLM": {"sink_tokens": 16},
+    "H2O": {"budget": "per_head", "recent_fraction": 0.75, "sink_tokens": 4},
+    "SnapKV": {"budget": "per_layer", "window": 16, "kernel_size": 9},
+    "TOVA": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.5},
+    "KNorm": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.5},
+    "KeyDiff": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.0},
+    "Random": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.25},
 }
 
 
@@ -184,17 +184,21 @@ class Workload:
 def _source_windows(
     tokenizer: Any, documents: Sequence[str], length: int, count: int
 ) -> tuple[Tensor, int]:
-    """``count`` windows spread evenly over the documents that are Python source."""
-    sources = [text for text in documents if _is_source(text)]
-    ids = tokenizer.encode("\n\n".join(sources), add_special_tokens=False)
+    """``count`` windows that begin with a line, spread evenly over the Python source."""
+    source = "\n\n".join(text for text in documents if _is_source(text))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     size = length - len(bos)
-    starts = np.arange(0, len(ids) - size + 1, size)
-    if not starts.size:
-        raise ValueError(f"length must be at most {len(ids) + len(bos)} tokens, got {length}")
-    chosen = starts[np.linspace(0, starts.size - 1, min(count, starts.size)).astype(int)]
-    windows = [bos + ids[start : start + size] for start in chosen.tolist()]
-    num_bytes = sum(len(tokenizer.decode(window[1:]).encode()) for window in windows)
+    reach = 8 * length  # characters; a token of source code has about three
+    if len(source) <= reach:
+        raise ValueError(f"length must be below {len(source) // 8} tokens, got {length}")
+    windows, num_bytes = [], 0
+    for place in np.linspace(0, len(source) - reach, count).astype(int).tolist():
+        begin = source.index("\n", place) + 1
+        ids = tokenizer.encode(source[begin : begin + reach], add_special_tokens=False)[:size]
+        if len(ids) < size:
+            raise ValueError(f"length must fit into {reach} characters of source, got {length}")
+        windows.append(bos + ids)
+        num_bytes += len(tokenizer.decode((bos + ids)[1:]).encode())
     return torch.tensor(windows), num_bytes
 
 
@@ -223,7 +227,8 @@ def make_baseline(
     values = dict(TUNED[name] if settings is None else settings)
     if "recent_fraction" in values:
         values["recent_tokens"] = int(values.pop("recent_fraction") * cache_size)
-    return getattr(baselines, name)(cache_size, n_up, **values)
+    layer_shares = values.pop("layer_shares", None)
+    return getattr(baselines, name)(cache_size, n_up, **values).with_layer_shares(layer_shares)
 
 
 def with_budget(policy: NAMM, cache_size: int) -> NAMM:
@@ -432,12 +437,12 @@ def num_steps(methods: Sequence[Method], workloads: Sequence[Workload], repeats:
 # Tuning the baselines ----------------------------------------------------------------------------
 
 _SHARING = ("per_head", "per_layer")
-_FLOORS = {"sink_tokens": (0, 4), "recent_fraction": (0.0, 0.25)}
+_FLOORS = {"sink_tokens": (0, 4), "recent_fraction": (0.0, 0.25, 0.5)}
 
 TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
     "StreamingLLM": {"sink_tokens": (1, 4, 16)},  # both ways of sharing are the same rule
-    "H2O": {"budget": _SHARING, "recent_fraction": (0.125, 0.25, 0.5), "sink_tokens": (0, 4)},
-    "SnapKV": {"budget": _SHARING, "window": (8, 16, 32, 64), "kernel_size": (1, 5)},
+    "H2O": {"budget": _SHARING, "recent_fraction": (0.25, 0.5, 0.75), "sink_tokens": (0, 4)},
+    "SnapKV": {"budget": _SHARING, "window": (16, 32, 64), "kernel_size": (1, 5, 9)},
     "TOVA": {"budget": _SHARING, **_FLOORS},
     "KNorm": {"budget": _SHARING, **_FLOORS},
     "KeyDiff": {"budget": _SHARING, **_FLOORS},
@@ -451,6 +456,7 @@ def tune_baselines(
     *,
     n_up: int = 64,
     keep_fraction: float = 0.25,
+    layer_shares: tuple[float, ...] | None = None,
     on_trial: Callable[[str, dict[str, Any], float], None] = lambda *_: None,
 ) -> dict[str, dict[str, Any]]:
     """The settings of each baseline that answer most validation questions exactly.
@@ -460,6 +466,8 @@ def tune_baselines(
 
     Args:
         examples: validation examples of one length.
+        layer_shares: how the memory they are compared with divides its budget among the layers;
+            each baseline may do the same or give every layer an equal part.
         on_trial: called with name, settings and exact match of each trial.
 
     Returns:
@@ -467,7 +475,9 @@ def tune_baselines(
     """
     budget = max(1, int(keep_fraction * len(examples[0].input_ids)))
     found = {}
-    for name, options in TRIED.items():
+    shares = {"layer_shares": (None, layer_shares)} if layer_shares else {}
+    for name, tried in TRIED.items():
+        options = {**tried, **shares}
         best = (-math.inf, -math.inf)
         for values in itertools.product(*options.values()):
             settings = dict(zip(options, values, strict=True))
