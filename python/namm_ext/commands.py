@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
+from .config import NAMMConfig
 
 if TYPE_CHECKING:
     from .policy import NAMM
@@ -185,7 +186,16 @@ def compare(
     memories = [_load_policy(name) for name in policy] if policy else [_load_policy(None)]
     n_up = memories[0][0].config.n_up
     if tune:
-        _tune(loaded, tokenizer, n_up, keep, (length or [1024])[0], examples, records, console)
+        _tune(
+            loaded,
+            tokenizer,
+            memories[0][0].config,
+            keep,
+            (length or [1024])[0],
+            examples,
+            records,
+            console,
+        )
         return
     names = ["NAMM"] if len(memories) == 1 else [Path(name).name[-12:] for _, name in memories]
     if len(set(names)) < len(names):
@@ -240,7 +250,7 @@ def compare(
 def _tune(
     model: Any,
     tokenizer: Any,
-    n_up: int,
+    memory: NAMMConfig,
     keep: float,
     length: int,
     examples: int,
@@ -262,8 +272,9 @@ def _tune(
     found = tune_baselines(
         model,
         workload.examples,
-        n_up=n_up,
+        n_up=memory.n_up,
         keep_fraction=keep,
+        layer_shares=memory.layer_shares,
         on_trial=lambda name, settings, value: console.print(
             f"{name:13}{value:6.1%}  {settings}", style="dim", highlight=False
         ),

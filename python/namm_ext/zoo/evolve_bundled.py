@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..evolution.train import linear_start
 POLICY_NAME = "stdlib-1m"
 
 # Nearly all that recall needs is in the bundled model's last layer, where its induction heads are:
-# on validation examples, keeping all of it and a quarter elsewhere is almost as good as the full
+# on validation examples, keeping most of it and little elsewhere is almost as good as the full
 # cache, while more room in any other layer changes nothing.
 MEMORY = NAMMConfig(
     n_up=64,
@@ -33,9 +32,13 @@ MEMORY = NAMMConfig(
     threshold=None,
     cache_size=256,
     budget="per_layer",
-    layer_shares=(1 / 3, 1 / 3, 1 / 3, 3.0),
+    layer_shares=(0.12, 0.12, 0.12, 3.64),
     sink_tokens=4,
 )
+SHIPPED_SHARES = (0.2, 0.2, 0.2, 3.4)
+"""How the layers divide the budget in what is shipped: chosen on validation examples afterwards
+(exact match .96, against .92 with the shares of the evolution)."""
+
 LINEAR = EvolveConfig(
     namm=MEMORY.replace(scorer="mlp"),
     generations=15,
@@ -82,7 +85,7 @@ def evolve_bundled(
         on_generation: called with the log record of each generation.
 
     Returns:
-        EvolveResult: of the second stage.
+        EvolveResult: of the second stage, before ``SHIPPED_SHARES``.
     """
     folder = Path(output_dir)
     linear, bam = replace(linear, seed=seed), replace(bam, seed=seed)
@@ -91,12 +94,13 @@ def evolve_bundled(
     second = evolve(model, tokenizer, bam, folder / "bam", x0=start, on_generation=on_generation)
 
     target = folder / "policy"
-    shutil.copytree(folder / "bam" / "policy", target, dirs_exist_ok=True)
+    policy = second.policy.with_config(layer_shares=SHIPPED_SHARES)
+    policy.save_pretrained(target)
     _write_json(target / "evolution.json", {"linear": linear.to_dict(), "bam": bam.to_dict()})
     log = [{"stage": "linear", **record} for record in first.log]
     log += [{"stage": "bam", **record} for record in second.log]
     (target / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-    result = evaluate_policy(model, second.policy, validation_batch(tokenizer, bam))
+    result = evaluate_policy(model, policy, validation_batch(tokenizer, bam))
     _write_json(
         target / "metrics.json",
         {
