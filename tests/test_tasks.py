@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from namm_ext import tasks, zoo
 
 pytest.importorskip("transformers")
@@ -78,7 +77,7 @@ def test_latest_record_wins(tokenizer):
     for (start, stop), (record_start, record_stop) in zip(
         example.answer_spans, example.record_spans, strict=True
     ):
-        question = tokenizer.decode(ids[record_start : record_stop]).split(":")[0] + ":"
+        question = tokenizer.decode(ids[record_start:record_stop]).split(":")[0] + ":"
         context = tokenizer.decode(ids[: example.query_starts[0]])
         assert context.count(question) == 2
         latest = context.rpartition(question)[2]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from namm_ext import tasks, zoo
 from namm_ext.zoo import corpus
 

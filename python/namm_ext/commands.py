@@ -184,7 +184,6 @@ def compare(
 
     console = _console()
     memories = [_load_policy(name) for name in policy] if policy else [_load_policy(None)]
-    n_up = memories[0][0].config.n_up
     if tune:
         _tune(
             loaded,
@@ -204,7 +203,7 @@ def compare(
         side_by_side.full_method(),
         *(side_by_side.namm_method(m, n) for (m, _), n in zip(memories, names, strict=True)),
         *(
-            side_by_side.baseline_method(name, n_up)
+            side_by_side.baseline_method(name, memories[0][0].config)
             for name in (side_by_side.TUNED if baseline is None else baseline)
         ),
     ]
@@ -228,7 +227,7 @@ def compare(
         if any(row.exact_match for row in rows):
             console.print(comparison_table(rows, keep, console.width))
             console.print()
-            console.print(legend(n_up))
+            console.print(legend(memories[0][0].config.n_up))
     if json_file is not None:
         values = {
             "namm_ext": __version__,

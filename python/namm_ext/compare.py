@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import baselines, tasks
 from .cache import NAMMCache
+from .config import NAMMConfig
 from .evolution import evaluate_policy
 from .patching import remove
 from .policy import NAMM, Policy
@@ -32,15 +33,16 @@ FAMILIES = (*tasks.EVOLUTION_FAMILIES, *tasks.HELD_OUT_FAMILIES, *tasks.UNSEEN_F
 
 # What each rule is given besides its budget, found on validation data with
 #     namm compare --tune --examples 3
-# `tune_baselines` says what is tried.
+# `tune_baselines` says what is tried. Every one of them did better with the budget divided among
+# the layers as the memory divides it, so that is what `baseline_method` gives them.
 TUNED: dict[str, dict[str, Any]] = {
     "StreamingLLM": {"sink_tokens": 16},
     "H2O": {"budget": "per_head", "recent_fraction": 0.75, "sink_tokens": 4},
-    "SnapKV": {"budget": "per_layer", "window": 16, "kernel_size": 9},
-    "TOVA": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.5},
+    "SnapKV": {"budget": "per_head", "window": 64, "kernel_size": 9},
+    "TOVA": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.0},
     "KNorm": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.5},
-    "KeyDiff": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.0},
-    "Random": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.25},
+    "KeyDiff": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.5},
+    "Random": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.5},
 }
 
 
@@ -259,16 +261,20 @@ def namm_method(policy: NAMM, name: str = "NAMM") -> Method:
     )
 
 
-def baseline_method(name: str, n_up: int) -> Method:
-    """A tuned baseline, updating as often as the memory it is compared with."""
-    make_baseline(name, 64, n_up)  # complain about the name here
-    settings = {"n_up": n_up, **TUNED[name]}
-    return Method(name, lambda cache_size: make_baseline(name, cache_size, n_up), settings)
+def baseline_method(name: str, memory: NAMMConfig) -> Method:
+    """A tuned baseline that updates and divides its budget among the layers as ``memory`` does."""
+    make_baseline(name, 64, memory.n_up)  # complain about the name here
+    settings = {**TUNED[name], "layer_shares": memory.layer_shares}
+    return Method(
+        name,
+        lambda cache_size: make_baseline(name, cache_size, memory.n_up, settings),
+        {"n_up": memory.n_up, **settings},
+    )
 
 
-def baseline_methods(n_up: int) -> list[Method]:
+def baseline_methods(memory: NAMMConfig) -> list[Method]:
     """All of them."""
-    return [baseline_method(name, n_up) for name in TUNED]
+    return [baseline_method(name, memory) for name in TUNED]
 
 
 # Measuring ---------------------------------------------------------------------------------------

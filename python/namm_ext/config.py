@@ -27,7 +27,7 @@ def _is_number(value: object) -> bool:
     return _is_int(value) or isinstance(value, float)
 
 
-def check_layer_shares(owner: str, shares: object) -> None:
+def check_layer_shares(owner: str, shares: tuple[float, ...]) -> None:
     """ValueError unless ``shares`` is a tuple of positive numbers with mean 1."""
     positive = isinstance(shares, tuple) and all(
         _is_number(share) and 0.0 < share < math.inf for share in shares

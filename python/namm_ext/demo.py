@@ -148,7 +148,7 @@ def _read_held_out(
     console: Console,
     rows: list[Row],
 ) -> None:
-    methods = [full_method(), namm_method(policy), *baseline_methods(policy.config.n_up)]
+    methods = [full_method(), namm_method(policy), *baseline_methods(policy.config)]
     workloads = [
         Workload.make(
             tokenizer,
@@ -283,9 +283,10 @@ class _Live:
 
     def _measure_levels(self) -> None:
         examples = validation_batch(self.tokenizer, self.config)
-        n_up = self.config.namm.n_up
         policies: dict[str, Policy] = {FULL: Full()}
-        policies |= {m.name: m.policy(self.budget) for m in baseline_methods(n_up) if m.policy}
+        policies |= {
+            m.name: m.policy(self.budget) for m in baseline_methods(self.config.namm) if m.policy
+        }
         policies["start"] = NAMM(self.config.namm)  # all scores equal: the newest tokens stay
         for name, policy in policies.items():
             result = evaluate_policy(self.model, policy, examples)

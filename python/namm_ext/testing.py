@@ -210,8 +210,14 @@ def ragged_store(
     cu = torch.tensor(starts, dtype=torch.int32)
     used = torch.tensor(lengths, dtype=torch.int32)
     tensors = (k.to(dtype), v.to(dtype), pos.to(torch.int32), state, cu, used)
+    k, v, pos, state, cu, used = (t.to(device) for t in tensors)
     return Store(
-        *(t.to(device) for t in tensors),
+        k,
+        v,
+        pos,
+        state,
+        cu,
+        used,
         batch_size=len(lengths) // num_kv_heads,
         num_kv_heads=num_kv_heads,
     )

@@ -83,7 +83,7 @@ FAMILIES = {
         _same("latest", "state {name}:", ";\n", writes=2),
         Family("call", 'set_option("{name}",', ")\n", 'get_option("{name}") =', "\n"),
         _same("signature", "def {name}(", "):\n", value="arguments"),
-        _same("arrow", "# {name} ->", "\n"),
+        _same("export", "export {name} =", "\n"),
     )
 }
 
@@ -93,8 +93,8 @@ EVOLUTION_FAMILIES = ("assign", "prose", "mapping", "latest")
 HELD_OUT_FAMILIES = ("call", "signature")
 """What the bundled language models have learned, and no memory was ever evolved on."""
 
-UNSEEN_FAMILIES = ("arrow",)
-"""What neither the language models nor the memories have ever met."""
+UNSEEN_FAMILIES = ("export",)
+"""A line that neither the language models nor the memories have met, with a separator they have."""
 
 _LEADS = ("", "- ", "* ", "[", "<", "(", "@", "let ", "the ", "key ", "set ", "item ", "x.", "'")
 _MARKS = (" :", "]", ">", ")", " :=", " has", " as", " to", " gets", " |", "'", " ==", " ..", " /")
