@@ -1,9 +1,9 @@
 // Torch-free descriptions of every op, shared by the CPU and the CUDA kernels.
 //
-// A *segment* is one (batch row, KV head) pair, s = b * num_kv_heads + h. All per-token tensors of a
-// layer are flat: segment s owns the slot of rows [cu_seqlens_k[s], cu_seqlens_k[s + 1]), of which
-// the first seqused_k[s] are live, oldest first. Rows behind the live ones are room for new tokens;
-// they may hold anything, NaN included, and are never read.
+// A *segment* is one (batch row, KV head) pair, s = b * num_kv_heads + h. All per-token tensors of
+// a layer are flat: segment s owns the slot of rows [cu_seqlens_k[s], cu_seqlens_k[s + 1]), of
+// which the first seqused_k[s] are live, oldest first. Rows behind the live ones are room for new
+// tokens; they may hold anything, NaN included, and are never read.
 //
 // Strides are in elements unless the name ends in _bytes. The last dimension is always contiguous.
 // Sizes: B batch rows, H KV heads, G query heads per KV head (query head = h * G + g), D head_dim,
@@ -17,7 +17,7 @@ namespace namm_ext {
 // The short-time Fourier transform of spec section 2. Fixed: the evolved weights depend on it.
 constexpr int kNFft = 32;
 constexpr int kHop = 16;
-constexpr int kCarry = kNFft - kHop;   // queries of the previous period that the first frame needs
+constexpr int kCarry = kNFft - kHop;  // queries of the previous period that the first frame needs
 constexpr int kNumBins = kNFft / 2 + 1;
 
 // The scorer of spec sections 5 and 6.1, and its flat parameter vector.
@@ -25,17 +25,17 @@ constexpr int kNumRecency = 8;
 constexpr int kNumFeatures = kNumRecency + kNumBins;  // 25, recency first
 constexpr int kHidden = 32;
 constexpr double kRecencyMaxFreq = 50000.0;
-constexpr int kOffsetW1 = 0;                                             // [25][96] q | k | v
-constexpr int kOffsetB1 = kOffsetW1 + kNumFeatures * 3 * kHidden;        // [96]
-constexpr int kOffsetW2 = kOffsetB1 + 3 * kHidden;                       // [32][50] residual | gain
-constexpr int kOffsetB2 = kOffsetW2 + kHidden * 2 * kNumFeatures;        // [50]
-constexpr int kOffsetW3 = kOffsetB2 + 2 * kNumFeatures;                  // [25]
-constexpr int kOffsetB3 = kOffsetW3 + kNumFeatures;                      // [1]
+constexpr int kOffsetW1 = 0;                                       // [25][96] q | k | v
+constexpr int kOffsetB1 = kOffsetW1 + kNumFeatures * 3 * kHidden;  // [96]
+constexpr int kOffsetW2 = kOffsetB1 + 3 * kHidden;                 // [32][50] residual | gain
+constexpr int kOffsetB2 = kOffsetW2 + kHidden * 2 * kNumFeatures;  // [50]
+constexpr int kOffsetW3 = kOffsetB2 + 2 * kNumFeatures;            // [25]
+constexpr int kOffsetB3 = kOffsetW3 + kNumFeatures;                // [1]
 constexpr int kNumBamParams = kOffsetB3 + 1;
 static_assert(kNumBamParams == 4172, "the layout of the published checkpoints");
 
-constexpr float kMinStd = 1e-7f;        // floor of sqrt(var) in the normalisation
-constexpr float kLogClamp = 20.0f;      // |z| limit under feature_transform = "log"
+constexpr float kMinStd = 1e-7f;    // floor of sqrt(var) in the normalisation
+constexpr float kLogClamp = 20.0f;  // |z| limit under feature_transform = "log"
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -51,18 +51,18 @@ struct Segments {
 // Row b brings columns [first[b], first[b] + num_new[b]) of k_new / v_new; the i-th of them gets
 // pos = pos_first[b] + i and a zero state. seqused_k grows by num_new[b] in all segments of row b.
 struct AppendParams {
-  void* k;                   // [C, D] dtype, contiguous rows
-  void* v;                   // [C, Dv] dtype
-  int32_t* pos;              // [C]
-  float* state;              // [C, F]; F may be 0
-  int32_t* seqused_k;        // [S], written
+  void* k;                      // [C, D] dtype, contiguous rows
+  void* v;                      // [C, Dv] dtype
+  int32_t* pos;                 // [C]
+  float* state;                 // [C, F]; F may be 0
+  int32_t* seqused_k;           // [S], written
   const int32_t* cu_seqlens_k;  // [S + 1]
-  const void* k_new;         // [B, H, L, D] dtype
-  const void* v_new;         // [B, H, L, Dv] dtype
-  const int32_t* first;      // [B]
-  const int32_t* num_new;    // [B]
-  const int32_t* pos_first;  // [B]
-  int64_t k_new_strides[3];  // of dimensions 0, 1, 2
+  const void* k_new;            // [B, H, L, D] dtype
+  const void* v_new;            // [B, H, L, Dv] dtype
+  const int32_t* first;         // [B]
+  const int32_t* num_new;       // [B]
+  const int32_t* pos_first;     // [B]
+  int64_t k_new_strides[3];     // of dimensions 0, 1, 2
   int64_t v_new_strides[3];
   int32_t batch_size, num_kv_heads, head_dim, head_dim_v, num_state, num_cols;  // num_cols = L
   DType dtype;
@@ -95,13 +95,13 @@ struct AttendParams {
 // so that values which must not count never reach the sum.
 struct Window {
   Segments seg;
-  const void* q;             // [B, H * G, W, D] dtype
-  const float* lse;          // [B, H * G, W] finite
-  const void* k;             // [C, D] dtype
-  const int32_t* pos;        // [C]
-  const int32_t* pos_q;      // [B] position of window row 0
-  const uint8_t* active;     // [B] rows of the batch to work on
-  int64_t q_strides[3], lse_strides[2];  // of dimensions 0, 1, 2 and 0, 1; lse is contiguous in W
+  const void* q;                           // [B, H * G, W, D] dtype
+  const float* lse;                        // [B, H * G, W] finite
+  const void* k;                           // [C, D] dtype
+  const int32_t* pos;                      // [C]
+  const int32_t* pos_q;                    // [B] position of window row 0
+  const uint8_t* active;                   // [B] rows of the batch to work on
+  int64_t q_strides[3], lse_strides[2];    // of dimensions 0, 1, 2 and 0, 1; lse is contiguous in W
   int32_t num_groups, head_dim, num_rows;  // num_rows = W, a multiple of kHop
   float softmax_scale;
   DType dtype;
@@ -111,15 +111,15 @@ struct Window {
 // kHop rows, magnitudes, EMA over the W / kHop - 1 frames on top of the old state.
 struct SpectrogramParams {
   Window window;
-  const float* state;        // [C, kNumBins]
-  float* state_out;          // [C, kNumBins]; live rows of inactive batch rows are copied over
-  double ema_coeff;          // per token; a frame decays by ema_coeff^kHop
+  const float* state;  // [C, kNumBins]
+  float* state_out;    // [C, kNumBins]; live rows of inactive batch rows are copied over
+  double ema_coeff;    // per token; a frame decays by ema_coeff^kHop
 };
 
 // attention_received: received[t] = sum over window rows [first_row, W) of the group mean of P.
 struct ReceivedParams {
   Window window;
-  float* received;           // [C]; zero for live rows of inactive batch rows
+  float* received;  // [C]; zero for live rows of inactive batch rows
   int32_t first_row;
 };
 
@@ -137,7 +137,7 @@ struct ScoreParams {
   float* scores;               // [C]; zero for live rows of inactive batch rows
   int64_t num_params;
   int32_t num_candidates;
-  bool log_transform;          // z = (log(state + log_eps) - mean) / std, clamped to +-kLogClamp
+  bool log_transform;  // z = (log(state + log_eps) - mean) / std, clamped to +-kLogClamp
   float log_eps;
   // mlp_scores only:
   int32_t hidden, depth;
@@ -147,8 +147,8 @@ struct ScoreParams {
 enum class Budget : int32_t { kPerHead = 0, kPerLayer = 1 };
 
 // select (spec 7): which live rows stay. Forced rows: the newest of each segment (protect_newest),
-// pos < sink_tokens, newest pos - pos < recent_tokens. Order: forced first (newest-of-segment before
-// the others), then score descending, then position descending, then head ascending.
+// pos < sink_tokens, newest pos - pos < recent_tokens. Order: forced first (newest-of-segment
+// before the others), then score descending, then position descending, then head ascending.
 //   cache_size < 0: keep score >= threshold and forced rows.
 //   per_head:  of those, at most cache_size per segment.
 //   per_layer: of those, at most cache_size * H per batch row, shared by its segments.
@@ -157,13 +157,13 @@ enum class Budget : int32_t { kPerHead = 0, kPerLayer = 1 };
 // A segment with a NaN score reports num_kept = -1 and the caller raises.
 struct SelectParams {
   Segments seg;
-  const float* scores;       // [C]
-  const int32_t* pos;        // [C]
-  const uint8_t* active;     // [B]; inactive rows keep everything
-  uint8_t* keep;             // [C], 0 / 1, written for live rows
-  int32_t* num_kept;         // [S]
-  float threshold;           // -inf: no threshold
-  int32_t cache_size;        // -1: no budget
+  const float* scores;    // [C]
+  const int32_t* pos;     // [C]
+  const uint8_t* active;  // [B]; inactive rows keep everything
+  uint8_t* keep;          // [C], 0 / 1, written for live rows
+  int32_t* num_kept;      // [S]
+  float threshold;        // -inf: no threshold
+  int32_t cache_size;     // -1: no budget
   Budget budget;
   bool fill, protect_newest;
   int32_t sink_tokens, recent_tokens;
@@ -171,16 +171,16 @@ struct SelectParams {
 
 // compact: the kept rows of every segment, in order, into a new store with its own slots.
 struct CompactParams {
-  Segments seg;              // of the old store
+  Segments seg;                   // of the old store
   const int32_t* cu_seqlens_new;  // [S + 1] slots of the new store, each at least num_kept[s] long
-  const uint8_t* keep;       // [C]
-  const int32_t* num_kept;   // [S]
-  const void *k, *v;         // [C, D], [C, Dv]
-  const int32_t* pos;        // [C]
-  const float* state;        // [C, F]
-  void *k_out, *v_out;       // [C', D], [C', Dv]
-  int32_t* pos_out;          // [C']
-  float* state_out;          // [C', F]
+  const uint8_t* keep;            // [C]
+  const int32_t* num_kept;        // [S]
+  const void *k, *v;              // [C, D], [C, Dv]
+  const int32_t* pos;             // [C]
+  const float* state;             // [C, F]
+  void *k_out, *v_out;            // [C', D], [C', Dv]
+  int32_t* pos_out;               // [C']
+  float* state_out;               // [C', F]
   int64_t k_row_bytes, v_row_bytes;
   int32_t num_state;
 };
