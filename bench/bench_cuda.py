@@ -455,10 +455,16 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.only or BENCHES:
         bench, sizes = BENCHES[name]
         for row in bench(timer, [256] if args.smoke else sizes):
+            if args.smoke:
+                row.target, row.met = "", None
             rows.append(row)
             print(show(row), flush=True)
             if args.out:  # written after every row: a run that is cut short leaves its part
-                report = {**environment(device), "rows": [asdict(r) for r in rows]}
+                report = {
+                    **environment(device),
+                    "copy_tb_per_s": timer.copy_bytes_per_ms / 1e9,
+                    "rows": [asdict(r) for r in rows],
+                }
                 args.out.write_text(json.dumps(report, indent=1))
         if device == "cuda":
             torch.cuda.empty_cache()

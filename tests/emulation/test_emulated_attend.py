@@ -184,10 +184,12 @@ def test_simt(head_dim, head_dim_v, groups, dtype, split):
 @pytest.mark.parametrize("simt", [False, True], ids=["mma", "simt"])
 @pytest.mark.parametrize("num_cols", [2, 80], ids=["decode", "prefill"])
 def test_queries_in_the_middle_of_a_segment(num_cols, simt):
-    # Positions with gaps, queries older than most keys: the binary search.
+    # Positions with gaps and queries older than the newest keys: the guess at the number of visible
+    # keys lies before the segment (60) or in it and wrong (200), and the search takes over.
     store = make_store([[140, 90]], 64, dtype=BF16, seed=3)
-    new = make_queries(store, 1, [num_cols], [0], num_cols, pos_first=[60])
-    check(store, new, simt=simt)
+    for pos_first in (60, 200):
+        new = make_queries(store, 1, [num_cols], [0], num_cols, pos_first=[pos_first])
+        check(store, new, simt=simt)
 
 
 @pytest.mark.parametrize("simt", [False, True], ids=["mma", "simt"])
