@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_files import golden_dir
 
 
 def _version(name: str) -> str:
@@ -17,11 +16,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def golden_dir() -> Path:
-    """Folder of the golden vectors: NAMM_GOLDEN_DIR, or the one next to this file."""
-    return Path(os.environ.get("NAMM_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

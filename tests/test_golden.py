@@ -17,7 +17,7 @@ import cma_reference
 import numpy as np
 import pytest
 import torch
-from conftest import golden_dir
+from golden_files import golden_dir
 from namm_ext import NAMM, ops, policy, reference
 from torch import Tensor
 
