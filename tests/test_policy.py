@@ -57,7 +57,7 @@ def test_defaults_are_the_first_stage_of_the_original():
         "n_up": 512, "ema_coeff": 0.99, "scorer": "bam", "mlp_hidden": 25, "mlp_depth": 1,
         "mlp_bias": False, "mlp_residual_first": False, "feature_transform": "none",
         "log_eps": 1e-6, "selection": "ragged", "threshold": 0.0, "cache_size": None,
-        "budget": "per_head", "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0,
+        "budget": "per_head", "layer_shares": None, "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0,
     }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_config_round_trip():
     assert NAMMConfig.from_dict(values) == changed
     defaults = NAMMConfig().to_dict()
     same = {name for name in defaults if values[name] == defaults[name]}
-    assert same <= {"mlp_hidden", "protect_newest"}
+    assert same <= {"mlp_hidden", "protect_newest", "layer_shares"}
     assert NAMMConfig().replace(**CHANGED) == changed
     assert hash(changed) == hash(NAMMConfig(**CHANGED))
 
@@ -97,6 +97,10 @@ BAD_CONFIGS = [
     ({"threshold": math.nan}, "threshold must be a finite number or None, got nan"),
     ({"cache_size": 0}, "cache_size must be an int of at least 1 or None, got 0"),
     ({"budget": "all"}, "budget must be 'per_head' or 'per_layer' or 'global', got 'all'"),
+    (
+        {"layer_shares": (1.0, 2.0), "cache_size": 9},
+        "layer_shares must be positive numbers with mean 1, one per layer, got (1.0, 2.0)",
+    ),
     ({"budget": "per_layer"}, "cache_size must be an int with budget 'per_layer', got None"),
     (
         {"budget": "per_layer", "cache_size": 9, "selection": "reference"},

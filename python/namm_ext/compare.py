@@ -229,6 +229,8 @@ def make_baseline(
     values = dict(TUNED[name] if settings is None else settings)
     if "recent_fraction" in values:
         values["recent_tokens"] = int(values.pop("recent_fraction") * cache_size)
+    if "window" in values:  # of queries: no more than the store keeps, no more than the budget
+        values["window"] = min(values["window"], n_up, cache_size)
     layer_shares = values.pop("layer_shares", None)
     return getattr(baselines, name)(cache_size, n_up, **values).with_layer_shares(layer_shares)
 

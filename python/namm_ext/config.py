@@ -176,14 +176,8 @@ class NAMMConfig:
                 self.protect_newest,
             )
         floors = self.sink_tokens + self.recent_tokens
-        if self.cache_size is not None:
-            smallest = layer_cache_size(self.cache_size, min(self.layer_shares or (1.0,)))
-            if floors > smallest:
-                _fail(
-                    "cache_size",
-                    f"at least sink_tokens + recent_tokens = {floors} in every layer",
-                    self.cache_size,
-                )
+        if self.cache_size is not None and floors > self.cache_size:
+            _fail("cache_size", f"at least sink_tokens + recent_tokens = {floors}", self.cache_size)
 
     @property
     def num_bins(self) -> int:

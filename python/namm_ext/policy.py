@@ -478,9 +478,11 @@ class NAMM(Policy):
             (:func:`check_num_kept`).
         """
         c = self.config
-        size = c.cache_size
+        size, sinks, recent = c.cache_size, c.sink_tokens, c.recent_tokens
         if size is not None:
             size = layer_cache_size(size, layer_share(c.layer_shares, ctx))
+            sinks = min(sinks, size)  # a layer with a small share may have no room for the floors
+            recent = min(recent, size - sinks)
         return select_rows(
             scores,
             ctx,
@@ -490,8 +492,8 @@ class NAMM(Policy):
             budget="per_layer" if c.budget == "per_layer" else "per_head",
             fill=c.selection == "reference",
             protect_newest=c.protect_newest,
-            sink_tokens=c.sink_tokens,
-            recent_tokens=c.recent_tokens,
+            sink_tokens=sinks,
+            recent_tokens=recent,
         )
 
     # Deriving one NAMM from another -------------------------------------------------------------
