@@ -57,7 +57,8 @@ def test_defaults_are_the_first_stage_of_the_original():
         "n_up": 512, "ema_coeff": 0.99, "scorer": "bam", "mlp_hidden": 25, "mlp_depth": 1,
         "mlp_bias": False, "mlp_residual_first": False, "feature_transform": "none",
         "log_eps": 1e-6, "selection": "ragged", "threshold": 0.0, "cache_size": None,
-        "budget": "per_head", "layer_shares": None, "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0,
+        "budget": "per_head", "layer_shares": None,
+        "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0,
     }  # fmt: skip
 
 
