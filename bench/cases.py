@@ -219,6 +219,8 @@ def make(op: str, num_keys: int, shape_name: str, dtype: str, plain: bool = True
     """
     layer = Layer(num_keys, SHAPES[shape_name], dtype)
     s = layer.shape
+    ours: Callable[[], Any]
+    check: Callable[[], None]
     plain_fn: Callable[[], Any] | None = None
     floor: Callable[[], Any] | None = None
     floor_name = ""

@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import sys
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import cases
 import torch
@@ -54,6 +57,32 @@ def peak_flops() -> float:
     return 2 * 1024**3 / best
 
 
+def peak_growth_mb(run: Callable[[], Any]) -> float | None:
+    """Most resident memory during a run, results included, above that before it (Linux)."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return None
+
+    def resident() -> float:
+        return int(statm.read_text().split()[1]) * 4096 / 2**20
+
+    start, done = resident(), threading.Event()
+    most = [start]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[0] = max(most[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = run()
+    most[0] = max(most[0], resident())
+    done.set()
+    watcher.join()
+    del result
+    return most[0] - start
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write the figures to this file as well")
@@ -79,10 +108,8 @@ def main() -> int:
     for op, num_keys, shape, dtype, plain in wanted:
         if arguments.only not in f"{op}-{shape}-N{num_keys}-{dtype}":
             continue
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with torch.no_grad():
             case = cases.make(op, num_keys, shape, dtype, plain)
-            made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:
                 case.check()
             except AssertionError as error:
@@ -90,7 +117,7 @@ def main() -> int:
                 failed += 1
                 continue
             best = cases.interleaved(case, arguments.rounds if num_keys <= 4096 else 1)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            growth = peak_growth_mb(case.ours)
         ours, plain_time, floor = best["ours"], best.get("plain"), best.get("floor")
         segments = cases.SHAPES[shape].batch_size * cases.SHAPES[shape].num_kv_heads
         row = {
@@ -102,7 +129,7 @@ def main() -> int:
             "floor_ms": floor * 1e3 if floor else None,
             "times_floor": ours / floor if floor else None,
             "ns_per_token": ours * 1e9 / (segments * num_keys),
-            "peak_growth_mb": (after - max(before, made)) / 1024,
+            "peak_growth_mb": growth,
         }  # fmt: skip
         if op == "features":
             s = cases.SHAPES[shape]
