@@ -19,10 +19,9 @@ from namm_ext.evolution import (
     evaluate_policy,
     evaluate_population,
     evolve,
-    linear_start,
     train,
     training_batch,
-    validation_batch,
+    validation_batches,
 )
 
 pytest.importorskip("cma")
@@ -40,7 +39,7 @@ CONFIG = EvolveConfig(
     num_examples=2,
     num_records=2,
     validate_every=2,
-    validation_length=128,
+    validation_lengths=(128,),
     num_validation=2,
 )
 
@@ -193,7 +192,7 @@ def test_batches_are_fixed_by_seed_and_generation(tokenizer: Any) -> None:
     assert training_batch(tokenizer, CONFIG, 2) == training_batch(tokenizer, CONFIG, 2)
     assert training_batch(tokenizer, CONFIG, 2) != training_batch(tokenizer, CONFIG, 0)
     assert training_batch(tokenizer, CONFIG, 2) != training_batch(tokenizer, other, 2)
-    assert validation_batch(tokenizer, CONFIG) == validation_batch(tokenizer, other)
+    assert validation_batches(tokenizer, CONFIG) == validation_batches(tokenizer, other)
     assert {len(e.input_ids) for e in training_batch(tokenizer, CONFIG, 1)} == {112}
 
 
@@ -237,14 +236,6 @@ def test_statistics_are_those_of_a_direct_computation(
     torch.testing.assert_close(var, features.var(0, correction=0).float(), rtol=1e-3, atol=1e-6)
 
 
-def test_a_linear_start_scores_as_the_linear_memory() -> None:
-    weights = torch.randn(25)
-    x = torch.randn(9, 25)
-    torch.testing.assert_close(
-        reference.bam(x, linear_start(MEMORY, weights)), reference.mlp(x, weights)
-    )
-
-
 # Runs --------------------------------------------------------------------------------------------
 
 
@@ -269,7 +260,8 @@ def test_a_run_equals_itself_and_writes_what_it_found(
     saved = NAMM.from_pretrained(tmp_path / "run" / "policy")
     assert torch.equal(saved.params, first.policy.params)
     assert saved.config == MEMORY.replace(cache_size=32)  # a quarter of the validation length
-    value = evaluate_policy(model, saved, validation_batch(tokenizer, CONFIG)).fitness(4.0).item()
+    examples = validation_batches(tokenizer, CONFIG)[128]
+    value = evaluate_policy(model, saved, examples).fitness(4.0).item()
     assert value == pytest.approx(validated[first.generation], abs=1e-9)
 
 
@@ -328,7 +320,7 @@ def test_a_start_and_a_stop(model: Any, tokenizer: Any) -> None:
     start = bank(1)[0]
     result = evolve(model, tokenizer, CONFIG, x0=start, should_stop=lambda: True)
     assert torch.equal(result.policy.params, start)
-    assert result.log == []
+    assert [record["generation"] for record in result.log] == [0]  # the start is validated
     with pytest.raises(ValueError) as error:
         evolve(model, tokenizer, CONFIG, x0=torch.zeros(3))
     assert str(error.value) == "evolve: x0 must be [4172] and finite, got [3]"

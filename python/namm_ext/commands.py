@@ -319,7 +319,7 @@ def evolve_command(
         seed=seed,
         lengths=lengths,
         keep_fraction=keep,
-        validation_length=longest,
+        validation_lengths=(longest,),
     )
     loaded, tokenizer, _ = _load_model(model)
     console = _console()

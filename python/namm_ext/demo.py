@@ -9,7 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,16 @@ from .compare import (
     namm_method,
     num_steps,
 )
-from .evolution import EvolveResult, evaluate_policy, evolve, validation_batch
+from .evolution import (
+    EvolveConfig,
+    EvolveResult,
+    evaluate_policy,
+    evolve,
+    validation_batches,
+)
 from .policy import NAMM, Policy
 from .tables import chart, comparison_table, legend, verdict
 from .tasks import HELD_OUT_FAMILIES, TEST_SEED, UNSEEN_FAMILIES, VALIDATION_SEED
-from .zoo.evolve_bundled import LINEAR
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class DemoConfig:
         repeats: rounds of timing.
         evolve_seconds: how long the live evolution goes on.
         evolve_length: tokens of its contexts.
+        evolve_n_up: tokens between two updates in them.
         popsize: its candidates per generation.
         num_examples: its contexts per candidate.
         num_validation: contexts it is validated on.
@@ -65,6 +71,7 @@ class DemoConfig:
     repeats: int = 3
     evolve_seconds: float = 60.0
     evolve_length: int = 256
+    evolve_n_up: int = 16
     popsize: int = 16
     num_examples: int = 8
     num_validation: int = 24
@@ -215,7 +222,7 @@ def _progress(console: Console) -> Progress:
 class _Live:
     """A fresh memory, evolved for a while; whatever is there when it ends can be shown.
 
-    It is the first phase of the bundled memory's recipe: a linear scorer of 25 parameters.
+    A linear scorer of 25 parameters that starts at zero, every layer with an equal part.
     """
 
     def __init__(
@@ -224,17 +231,20 @@ class _Live:
         self.model, self.tokenizer, self.demo = model, tokenizer, config
         self.output_dir = output_dir
         budget = max(1, int(config.keep_fraction * config.evolve_length))
-        self.config = replace(
-            LINEAR,
-            namm=LINEAR.namm.replace(n_up=policy.config.n_up, cache_size=budget),
+        self.config = EvolveConfig(
+            namm=policy.config.replace(
+                n_up=config.evolve_n_up, scorer="mlp", cache_size=budget, layer_shares=None
+            ),
             generations=100_000,
             popsize=config.popsize,
+            sigma0=0.3,
             lengths=(config.evolve_length,),
             num_examples=config.num_examples,
             num_records=config.num_records,
             keep_fraction=config.keep_fraction,
+            text_weight=1.0,
             validate_every=2,
-            validation_length=config.evolve_length,
+            validation_lengths=(config.evolve_length,),
             num_validation=config.num_validation,
         )
         self.budget = budget
@@ -282,7 +292,7 @@ class _Live:
             )
 
     def _measure_levels(self) -> None:
-        examples = validation_batch(self.tokenizer, self.config)
+        examples = validation_batches(self.tokenizer, self.config)[self.demo.evolve_length]
         policies: dict[str, Policy] = {FULL: Full()}
         policies |= {
             m.name: m.policy(self.budget) for m in baseline_methods(self.config.namm) if m.policy

@@ -1,6 +1,7 @@
 """Evolution of memories: population evaluation, CMA-ES search, checkpoints, the training loop."""
 
 from .evaluate import Evaluation, evaluate_policy, evaluate_population
+from .imitate import ImitateConfig, imitate
 from .search import DiagonalCMA
 from .train import (
     EvolveConfig,
@@ -8,9 +9,8 @@ from .train import (
     calibrate_statistics,
     calibration_batch,
     evolve,
-    linear_start,
     training_batch,
-    validation_batch,
+    validation_batches,
     with_budget,
 )
 
@@ -19,13 +19,14 @@ __all__ = [
     "Evaluation",
     "EvolveConfig",
     "EvolveResult",
+    "ImitateConfig",
     "calibrate_statistics",
     "calibration_batch",
     "evaluate_policy",
     "evaluate_population",
     "evolve",
-    "linear_start",
+    "imitate",
     "training_batch",
-    "validation_batch",
+    "validation_batches",
     "with_budget",
 ]

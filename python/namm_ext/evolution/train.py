@@ -24,6 +24,7 @@ from ..policy import NAMM, StatisticsCalibrator
 from ..tasks import EVOLUTION_FAMILIES, TRAIN_SEED, VALIDATION_SEED, Example, make_batch
 from ..zoo import load_documents
 from .evaluate import evaluate_policy, evaluate_population
+from .imitate import ImitateConfig, imitate
 from .search import DiagonalCMA
 
 CONFIG_FILE, STATE_FILE, LOG_FILE, POLICY_DIR = "config.json", "state.npz", "log.jsonl", "policy"
@@ -46,9 +47,11 @@ class EvolveConfig:
         keep_fraction: budget of a context = this share of its tokens per head.
         text_weight: weight of the text log-likelihood beside the answers' in the fitness.
         validate_every: generations between two validations of the mean.
-        validation_length: tokens per validation example: long contexts, because a memory that is
-            best on short ones can be the worst on long ones.
-        num_validation: validation examples.
+        validation_lengths: tokens of the validation examples: long contexts, because a memory that
+            is best on short ones can be the worst on long ones.
+        num_validation: validation examples of each length.
+        imitation: how to fit the start of the search by gradient (:func:`imitate`); None starts at
+            zero, where a memory keeps the newest tokens.
     """
 
     namm: NAMMConfig = field(
@@ -72,8 +75,9 @@ class EvolveConfig:
     keep_fraction: float = 0.25
     text_weight: float = 4.0
     validate_every: int = 10
-    validation_length: int = 1024
+    validation_lengths: tuple[int, ...] = (1024,)
     num_validation: int = 32
+    imitation: ImitateConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -91,7 +95,8 @@ class EvolveConfig:
             )
         if not 0 < self.sigma0 < np.inf:
             raise ValueError(f"EvolveConfig: sigma0 must be positive, got {self.sigma0}")
-        shortest = min((*self.lengths, self.validation_length)) if self.lengths else 0
+        both = self.lengths and self.validation_lengths
+        shortest = min((*self.lengths, *self.validation_lengths)) if both else 0
         if shortest < 2 * self.namm.n_up:
             raise ValueError(
                 f"EvolveConfig: lengths must be at least 2 * n_up = {2 * self.namm.n_up} tokens, "
@@ -110,12 +115,19 @@ class EvolveConfig:
             TypeError: for an unknown key.
             ValueError: for a value out of range.
         """
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        values = _tuples(values)
+        if values.get("imitation") is not None:
+            values["imitation"] = ImitateConfig(**_tuples(values["imitation"]))
         return cls(**{**values, "namm": NAMMConfig.from_dict(values["namm"])})
 
     def cache_size(self, length: int) -> int:
         """Tokens a head may keep of a context of ``length`` tokens."""
         return max(1, int(self.keep_fraction * length))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the configurations have tuples."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class EvolveResult:
     Attributes:
         policy: the mean that was best on validation.
         generation: when it was.
-        log: one record per generation, as in the log file.
+        log: one record per generation, as in the log file, and one for a start that is not zero.
     """
 
     policy: NAMM
@@ -141,24 +153,8 @@ def with_budget(policy: NAMM, cache_size: int) -> NAMM:
 def calibration_batch(tokenizer: Any, config: EvolveConfig) -> list[Example]:
     """What the statistics of the features are taken from; training documents."""
     seed = (TRAIN_SEED, config.seed, 0)
-    return _batch(tokenizer, config, "train", seed, config.validation_length, config.num_examples)
-
-
-def linear_start(config: NAMMConfig, weights: Tensor) -> Tensor:
-    """Parameters of a BAM that scores as a linear memory does: a start for ``evolve``.
-
-    With everything but the last layer zero, a BAM's score is ``x W3``.
-
-    Args:
-        config: of the BAM.
-        weights: ``[25]``, the parameters of ``NAMMConfig(scorer="mlp", mlp_depth=1)``.
-
-    Returns:
-        ``[4172]``.
-    """
-    policy = NAMM(config)
-    policy.named_parameters()["W3"].copy_(weights.view(-1, 1))
-    return policy.params
+    length = max(config.validation_lengths)
+    return _batch(tokenizer, config, "train", seed, length, config.num_examples)
 
 
 def training_batch(tokenizer: Any, config: EvolveConfig, generation: int) -> list[Example]:
@@ -168,16 +164,14 @@ def training_batch(tokenizer: Any, config: EvolveConfig, generation: int) -> lis
     return _batch(tokenizer, config, "train", seed, length, config.num_examples)
 
 
-def validation_batch(tokenizer: Any, config: EvolveConfig) -> list[Example]:
-    """What decides which mean is kept: validation documents, the same for every seed."""
-    return _batch(
-        tokenizer,
-        config,
-        "validation",
-        (VALIDATION_SEED,),
-        config.validation_length,
-        config.num_validation,
-    )
+def validation_batches(tokenizer: Any, config: EvolveConfig) -> dict[int, list[Example]]:
+    """What decides which mean is kept, by length: validation documents, the same for every seed."""
+    return {
+        length: _batch(
+            tokenizer, config, "validation", (VALIDATION_SEED,), length, config.num_validation
+        )
+        for length in config.validation_lengths
+    }
 
 
 def _batch(
@@ -223,6 +217,7 @@ def evolve(
     output_dir: str | os.PathLike[str] | None = None,
     *,
     x0: Tensor | None = None,
+    on_imitation: Callable[[dict[str, Any]], None] | None = None,
     on_generation: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> EvolveResult:
@@ -236,7 +231,8 @@ def evolve(
         tokenizer: of that model.
         config: see `EvolveConfig`.
         output_dir: where state, log and policy go; None keeps everything in memory.
-        x0: ``[num_params]`` initial mean, zeros if None.
+        x0: ``[num_params]`` initial mean; None takes what ``config.imitation`` says.
+        on_imitation: called while the start is fitted, as ``on_step`` of :func:`imitate`.
         on_generation: called with the log record of each generation.
         should_stop: asked before each generation.
 
@@ -247,8 +243,9 @@ def evolve(
         ValueError: if ``output_dir`` holds a run with another configuration or a damaged state.
     """
     folder = Path(output_dir) if output_dir is not None else None
-    run = _Run(model, tokenizer, config, folder, x0)
+    run = _Run(model, tokenizer, config, folder, x0, on_imitation)
     with patch(model, run.policy):
+        run.validate_start()
         while run.search.generation < config.generations and not should_stop():
             record = run.step()
             if on_generation:
@@ -266,30 +263,43 @@ class _Run:
         config: EvolveConfig,
         folder: Path | None,
         x0: Tensor | None,
+        on_imitation: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.model, self.tokenizer, self.config, self.folder = model, tokenizer, config, folder
         n = config.namm.num_params
-        start = torch.zeros(n) if x0 is None else x0
-        if tuple(start.shape) != (n,) or not bool(start.isfinite().all()):
-            raise ValueError(f"evolve: x0 must be [{n}] and finite, got {list(start.shape)}")
-        self.start = start.detach().cpu().double().numpy()
-        self.search = DiagonalCMA(self.start, config.sigma0, config.popsize, config.seed)
+        if x0 is not None and (tuple(x0.shape) != (n,) or not bool(x0.isfinite().all())):
+            raise ValueError(f"evolve: x0 must be [{n}] and finite, got {list(x0.shape)}")
         self.log: list[dict[str, Any]] = []
-        self.best_params, self.best_value, self.best_generation = self.start, -np.inf, 0
-        self.validation = validation_batch(tokenizer, config)
+        self.validation = validation_batches(tokenizer, config)
         if folder is not None and (folder / STATE_FILE).exists():
-            self._resume(folder)
+            self._resume(folder, x0)
         else:
             self.mean, self.var = calibrate_statistics(
                 model, config.namm, calibration_batch(tokenizer, config)
             )
+            if x0 is None and config.imitation is not None:
+                x0 = imitate(
+                    *(model, tokenizer, config, config.imitation, self.mean, self.var),
+                    on_step=on_imitation,
+                )
+            self._begin(torch.zeros(n) if x0 is None else x0)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 _write_text(folder / CONFIG_FILE, _json(config.to_dict()))
                 _write_text(folder / LOG_FILE, "")
-        self.policy = self._policy(torch.from_numpy(self.best_params), config.validation_length)
+                self._save()
+        self.policy = self._policy(torch.from_numpy(self.best_params))
 
-    def _policy(self, params: Tensor, length: int) -> NAMM:
+    def _begin(self, x0: Tensor) -> None:
+        self.start = x0.detach().cpu().double().numpy()
+        self.search = DiagonalCMA(
+            self.start, self.config.sigma0, self.config.popsize, self.config.seed
+        )
+        self.best_params, self.best_value, self.best_generation = self.start, -np.inf, 0
+
+    def _policy(self, params: Tensor, length: int | None = None) -> NAMM:
+        """With the budget of a length; of the first validation length by default."""
+        length = self.config.validation_lengths[0] if length is None else length
         namm = self.config.namm.replace(cache_size=self.config.cache_size(length))
         return NAMM(namm, params.float(), self.mean, self.var)
 
@@ -321,35 +331,50 @@ class _Run:
             record |= self._validate()
         record["seconds"] = round(time.perf_counter() - began, 3)
         self.log.append(record)
-        self._save(record)
+        self._save()
         return record
 
+    def validate_start(self) -> None:
+        """A start that is not zero may be the best there will be; it is generation 0 of the log."""
+        if not self.log and self.start.any():
+            self.log.append({"generation": 0, **self._validate()})
+            self._save()
+
     def _validate(self) -> dict[str, float]:
-        config = self.config
-        policy = self._policy(torch.from_numpy(self.search.mean), config.validation_length)
-        result = evaluate_policy(self.model, policy, self.validation)
-        value = float(result.fitness(config.text_weight))
+        mean = torch.from_numpy(self.search.mean)
+        results = [
+            evaluate_policy(self.model, self._policy(mean, length), examples)
+            for length, examples in self.validation.items()
+        ]
+
+        def average(values: list[Tensor]) -> float:
+            return float(torch.cat(values, 1).mean())
+
+        text_ll = average([result.text_ll for result in results])
+        answer_ll = average([result.answer_ll for result in results])
+        value = answer_ll + self.config.text_weight * text_ll
         if value > self.best_value:
             self.best_params, self.best_value = self.search.mean.copy(), value
             self.best_generation = self.search.generation
             if self.folder is not None:
-                policy.save_pretrained(self.folder / POLICY_DIR)
+                self._policy(mean).save_pretrained(self.folder / POLICY_DIR)
         return {
             "validation_fitness": value,
-            "validation_exact_match": float(result.exact_match.mean()),
-            "validation_text_ll": float(result.text_ll.mean()),
+            "validation_exact_match": average([result.exact_match for result in results]),
+            "validation_answer_ll": answer_ll,
+            "validation_text_ll": text_ll,
         }
 
     def result(self) -> EvolveResult:
         """The best of the validated means; the current one if none was."""
-        if self.best_generation == 0 and self.search.generation:
+        if self.best_value == -np.inf and self.search.generation:
             self._validate()
-        policy = self._policy(torch.from_numpy(self.best_params), self.config.validation_length)
+        policy = self._policy(torch.from_numpy(self.best_params))
         if self.folder is not None:
             policy.save_pretrained(self.folder / POLICY_DIR)
         return EvolveResult(policy, self.best_generation, self.log)
 
-    def _save(self, record: dict[str, Any]) -> None:
+    def _save(self) -> None:
         if self.folder is None:
             return
         temporary = self.folder / f".{STATE_FILE}"
@@ -367,10 +392,11 @@ class _Run:
                 log=np.array(json.dumps(self.log)),
             )
         os.replace(temporary, self.folder / STATE_FILE)
-        with open(self.folder / LOG_FILE, "a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        if self.log:
+            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as log:
+                log.write(json.dumps(self.log[-1]) + "\n")
 
-    def _resume(self, folder: Path) -> None:
+    def _resume(self, folder: Path, x0: Tensor | None) -> None:
         stored = _read_config(folder / CONFIG_FILE)
         ours = {**self.config.to_dict(), "generations": 0}
         theirs = {**stored.to_dict(), "generations": 0}
@@ -382,7 +408,10 @@ class _Run:
             )
         path = folder / STATE_FILE
         state = _read_state(path)
-        if not np.array_equal(state["x0"], self.start):
+        if x0 is None and self.config.imitation is None:
+            x0 = torch.zeros(self.config.namm.num_params)
+        self._begin(torch.from_numpy(state["x0"]))
+        if x0 is not None and not np.array_equal(self.start, x0.detach().cpu().double().numpy()):
             raise ValueError(f"evolve: {folder} holds a run that started from another x0")
         self.log = json.loads(str(state["log"]))
         self.best_params = state["best_params"]
