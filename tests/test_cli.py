@@ -224,6 +224,7 @@ def test_compare(tmp_path: Path, policy_dir: Path) -> None:
 def test_evolve_and_resume(tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = ["evolve", str(output), "--popsize", "4", "--length", "128", "--n-up", "16"]
+    arguments += ["--no-imitate"]  # it takes minutes; tests/test_imitate.py has it
     for generations in ("1", "2"):
         result = CliRunner().invoke(app, [*arguments, "--generations", generations])
         assert result.exit_code == 0, result.output

@@ -12,6 +12,7 @@ import transformers
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
 from namm_ext import NAMM, NAMMCache, NAMMConfig, apply, patch, remove
 from namm_ext.baselines import NeverEvict, StreamingLLM
+from namm_ext.cache import cache_keyword
 from namm_ext.policy import Policy
 
 
@@ -55,6 +56,18 @@ def test_patch_is_undone_after_an_error(model, policy):
         raise KeyError
     assert dict(vars(model)) == before
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_cache_of_ones_own_under_either_name(model, policy):
+    """transformers 5.24 calls ``cache`` what was ``past_key_values``."""
+    ids = tokens(1, 40)
+    for name in {"past_key_values", cache_keyword(model)}:
+        cache = NAMMCache(model, policy)
+        with patch(model, policy) as memory:
+            greedy(model, ids, **{name: cache})
+            assert memory.cache is cache
+            greedy(model, ids, **{name: None})
+            assert memory.cache is not cache
 
 
 def test_nested_patches_and_apply(model, policy):

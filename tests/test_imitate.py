@@ -98,11 +98,11 @@ def test_a_batch_is_the_mean_of_its_segments() -> None:
         module._Segment(0, torch.randn(n, 25, generator=generator), torch.rand(n) * 3)
         for n in (5, 9)
     ]
-    together = module._loss(CONFIG.namm, params, segments)
-    alone = [module._loss(CONFIG.namm, params, [segment]) for segment in segments]
+    together = module._loss(CONFIG.namm, params, segments, 2.0)
+    alone = [module._loss(CONFIG.namm, params, [segment], 2.0) for segment in segments]
     torch.testing.assert_close(together, (5 * alone[0] + 9 * alone[1]) / 14)
     scores = reference.bam(segments[0].features, params)
-    y = segments[0].target
+    y = segments[0].target / 2.0
     loss = y * torch.log1p(torch.exp(-scores)) + torch.log1p(torch.exp(scores))
     torch.testing.assert_close(alone[0], loss.mean())
 

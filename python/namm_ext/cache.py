@@ -12,6 +12,7 @@ every sliding one. Three facts carry the drop-in:
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,13 @@ from .ragged import Ledger, Planner, RaggedKV
 from .report import LayerReport, Report
 
 Spans = tuple[tuple[int, int], ...]
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The argument that hands a cache to ``model``: "cache", before transformers 5.24
+    "past_key_values"."""
+    known = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 class _Session:

@@ -297,12 +297,15 @@ def evolve_command(
     keep: Keep = 0.25,
     budget: Annotated[str, typer.Option(help="per_head or per_layer.")] = "per_layer",
     features: Annotated[str, typer.Option(help="Transform of the features: none or log.")] = "log",
+    imitate: Annotated[
+        bool, typer.Option(help="Start from a fit, by gradient, to the attention tokens will get.")
+    ] = True,
     threads: Threads = None,
 ) -> None:
     """Evolve a memory for a model. Ctrl-C stops after the generation, the same command resumes."""
     _need("cma")
     _set_threads(threads)
-    from .evolution import EvolveConfig, evolve
+    from .evolution import EvolveConfig, ImitateConfig, evolve
 
     lengths = tuple(length) if length else EvolveConfig().lengths
     longest = max(lengths)
@@ -320,6 +323,7 @@ def evolve_command(
         lengths=lengths,
         keep_fraction=keep,
         validation_lengths=(longest,),
+        imitation=ImitateConfig(lengths=lengths) if imitate else None,
     )
     loaded, tokenizer, _ = _load_model(model)
     console = _console()
@@ -344,11 +348,19 @@ def evolve_command(
                 ),
             )
 
+        def on_imitation(record: dict[str, Any]) -> None:
+            if stopped[0]:  # there is no generation to finish yet
+                raise KeyboardInterrupt
+            at = f"round {record['round']}, step {record['step']}"
+            loss = f", loss {record['loss']:.3f}" if record["step"] else ": reading"
+            progress.update(task, description=f"fitting a start: {at}{loss}")
+
         result = evolve(
             loaded,
             tokenizer,
             config,
             output,
+            on_imitation=on_imitation,
             on_generation=on_generation,
             should_stop=lambda: stopped[0],
         )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import baselines, tasks
-from .cache import NAMMCache
+from .cache import NAMMCache, cache_keyword
 from .config import NAMMConfig
 from .evolution import evaluate_policy
 from .patching import remove
@@ -300,7 +300,8 @@ def measure_text(model: Any, policy: Policy, workload: Workload, row: Row, rows:
     total = 0.0
     for ids in workload.windows.split(rows):
         cache = NAMMCache(model, policy)
-        hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        given = {cache_keyword(model.base_model): cache}
+        hidden = model.base_model(ids, **given, use_cache=True).last_hidden_state
         for window, target in zip(hidden[:, :-1], ids[:, 1:], strict=True):
             logits = model.get_output_embeddings()(window).float()
             total -= float(F.cross_entropy(logits, target, reduction="sum"))
@@ -357,8 +358,10 @@ def _run_once(
     else:
         cache = NAMMCache(model, policy)
 
+    given = {cache_keyword(model): cache}
+
     def step(ids: Tensor) -> Tensor:
-        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(ids, **given, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1:].argmax(-1)
 
     began = time.perf_counter()

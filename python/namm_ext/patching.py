@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import NAME
-from .cache import NAMMCache, decoder_config, layer_types
+from .cache import NAMMCache, cache_keyword, decoder_config, layer_types
 from .policy import Policy
 from .report import Report
 
@@ -81,13 +81,16 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
     generate: Any = model.generate
 
     def generate_with_memory(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None:
+        given = [kwargs.get(name) for name in ("cache", "past_key_values")]
+        brought = next((cache for cache in given if cache is not None), None)
+        if brought is None:
             config = kwargs.get("generation_config")
             if not kwargs.get("use_cache", getattr(config, "use_cache", True) is not False):
                 raise ValueError("patch: use_cache must be True for a model with a memory")
-            memory.cache = kwargs["past_key_values"] = NAMMCache(model, policy)
-        elif isinstance(kwargs["past_key_values"], NAMMCache):
-            memory.cache = kwargs["past_key_values"]
+            kwargs.pop("past_key_values", None)
+            memory.cache = kwargs[cache_keyword(model)] = NAMMCache(model, policy)
+        elif isinstance(brought, NAMMCache):
+            memory.cache = brought
         if memory.cache is not None and any(kwargs.get(name) for name in _DRAFTING):
             memory.cache.activate_past_recording()  # transformers before 5.16 does not ask
         return generate(*args, **kwargs)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cache import NAMMCache
+from ..cache import NAMMCache, cache_keyword
 from ..policy import Policy
 from ..tasks import Example, TokenScores, score_tokens
 
@@ -87,7 +87,8 @@ def evaluate_population(
         index = torch.tensor([p for p, _ in part], dtype=torch.int32)
         ids = all_ids[[e for _, e in part]]
         cache = NAMMCache(model, policy, param_index=index)
-        hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        given = {cache_keyword(model.base_model): cache}
+        hidden = model.base_model(ids, **given, use_cache=True).last_hidden_state
         kept = cache.kept_fraction_per_row().tolist()
         del cache
         tokens = _score(model.get_output_embeddings(), hidden, ids)

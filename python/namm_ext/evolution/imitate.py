@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..baselines import Random
-from ..cache import NAMMCache
+from ..cache import NAMMCache, cache_keyword
 from ..config import NAMMConfig
 from ..patching import patch
 from ..policy import NAMM, Policy, UpdateContext
@@ -77,7 +77,7 @@ class _Segment:
 
     layer: int
     features: Tensor  # [K, 25] the scorer's input
-    target: Tensor  # [K] future attention, 1 is the mean of the layer
+    target: Tensor  # [K] future attention
 
 
 def imitate(
@@ -138,18 +138,22 @@ def imitate(
             for segment in _read(model, reader, examples, imitation, features):
                 layers.setdefault(segment.layer, []).append(segment)
         for segments in layers.values():
-            segments.sort(key=lambda segment: len(segment.target))  # batches of one size
+            segments.sort(key=lambda segment: len(segment.target))
+        # A target of 1 is what an average token of the layer earns.
+        means = {
+            layer: float(torch.cat([segment.target for segment in segments]).mean())
+            for layer, segments in layers.items()
+        }
         weights = {layer: shares[layer] if shares else 1.0 for layer in layers}
         optimiser = torch.optim.Adam([params], lr=imitation.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, imitation.steps)
         total = 0.0
         for step in range(1, imitation.steps + 1):
             loss = torch.zeros(())
-            place = torch.rand((), generator=generator)
+            place = float(torch.rand((), generator=generator))
             for layer, segments in layers.items():
-                first = int(place * max(1, len(segments) - imitation.batch_size))
-                some = segments[first : first + imitation.batch_size]
-                loss = loss + weights[layer] * _loss(config.namm, params, some)
+                some = _draw(segments, place, imitation.batch_size, generator)
+                loss = loss + weights[layer] * _loss(config.namm, params, some, means[layer])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -171,7 +175,19 @@ def _random_start(config: NAMMConfig, generator: torch.Generator) -> Tensor:
     return policy.params
 
 
-def _loss(config: NAMMConfig, params: Tensor, segments: Sequence[_Segment]) -> Tensor:
+def _draw(
+    segments: Sequence[_Segment], place: float, size: int, generator: torch.Generator
+) -> list[_Segment]:
+    """Random ones among an eighth of the sorted segments: of like sizes, so padding costs little."""
+    span = max(size, len(segments) // 8)
+    first = int(place * max(1, len(segments) - span))
+    near = segments[first : first + span]
+    return [near[i] for i in torch.randperm(len(near), generator=generator)[:size].tolist()]
+
+
+def _loss(
+    config: NAMMConfig, params: Tensor, segments: Sequence[_Segment], mean_target: float
+) -> Tensor:
     """Padding stands before the tokens of a segment: backward attention never sees it."""
     size = max(len(segment.target) for segment in segments)
     x = torch.zeros(len(segments), size, reference.NUM_FEATURES)
@@ -191,7 +207,7 @@ def _loss(config: NAMMConfig, params: Tensor, segments: Sequence[_Segment]) -> T
             bias=config.mlp_bias,
             residual_first=config.mlp_residual_first,
         )
-    loss = target * F.softplus(-scores) + F.softplus(scores)
+    loss = target / mean_target * F.softplus(-scores) + F.softplus(scores)
     return (loss * live).sum() / live.sum()
 
 
@@ -265,15 +281,15 @@ def _read(
             recorder.seen = []
             ids = torch.tensor([example.input_ids for example in part], device=model.device)
             cache = NAMMCache(model, recorder)
-            model.base_model(ids, past_key_values=cache, use_cache=True)
+            given = {cache_keyword(model.base_model): cache}
+            model.base_model(ids, **given, use_cache=True)
             seen.append(recorder.seen)
     futures = list(_future_attention(model, parts, n_up, imitation.answer_weight))
-    means = torch.stack([future.mean((1, 2, 3, 4)) for future in futures]).mean(0)
     return [
         _Segment(
             s.layer,
             features(s.state, s.pos),
-            future[s.layer, s.row, s.head, s.num_tokens // n_up, s.pos.long()] / means[s.layer],
+            future[s.layer, s.row, s.head, s.num_tokens // n_up, s.pos.long()],
         )
         for some, future in zip(seen, futures, strict=True)
         for s in some

@@ -57,6 +57,7 @@ class EvolveConfig:
     namm: NAMMConfig = field(
         default_factory=lambda: NAMMConfig(
             n_up=64,
+            ema_coeff=0.9995,
             feature_transform="log",
             threshold=None,
             cache_size=256,
