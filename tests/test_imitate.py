@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from hf_models import COMMON, build
-from namm_ext import NAMMConfig, reference, tasks, zoo
+from namm_ext import NAMM, NAMMConfig, reference, tasks, zoo
 from namm_ext.evolution import EvolveConfig, ImitateConfig, evolve, imitate, train
 
 pytest.importorskip("cma")
@@ -90,21 +90,42 @@ def test_targets_are_the_attention_of_later_queries(model: Any, tokenizer: Any) 
                 torch.testing.assert_close(future[layer, row, :, update], later)
 
 
-def test_a_batch_is_the_mean_of_its_segments() -> None:
-    """Padding is seen by no token and counts for none."""
+def test_a_batch_is_the_mean_of_its_evictions() -> None:
+    """Padding is seen by no token; heads that share a budget share the threshold."""
     generator = torch.Generator().manual_seed(0)
     params = 0.3 * torch.randn(4172, generator=generator)
-    segments = [
-        module._Segment(0, torch.randn(n, 25, generator=generator), torch.rand(n) * 3)
-        for n in (5, 9)
-    ]
-    together = module._loss(CONFIG.namm, params, segments, 2.0)
-    alone = [module._loss(CONFIG.namm, params, [segment], 2.0) for segment in segments]
-    torch.testing.assert_close(together, (5 * alone[0] + 9 * alone[1]) / 14)
-    scores = reference.bam(segments[0].features, params)
-    y = segments[0].target / 2.0
-    loss = y * torch.log1p(torch.exp(-scores)) + torch.log1p(torch.exp(scores))
-    torch.testing.assert_close(alone[0], loss.mean())
+
+    def choice(*sizes: int) -> Any:
+        x = tuple(torch.randn(n, 25, generator=generator) for n in sizes)
+        return module._Choice(0, x, tuple(torch.rand(n, generator=generator) for n in sizes), 5)
+
+    one, two = choice(4, 3), choice(9, 2)
+    together = module._loss(CONFIG.namm, params, [one, two])
+    alone = [module._loss(CONFIG.namm, params, [c]) for c in (one, two)]
+    torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
+    scores = torch.cat([reference.bam(x, params) for x in one.features])
+    target = torch.cat(one.target)
+    threshold = scores.sort(descending=True).values[4:6].mean()
+    loss = (target * torch.log1p(torch.exp(threshold - scores))).sum() / target.sum()
+    torch.testing.assert_close(alone[0], loss)
+
+
+@pytest.mark.parametrize("budget", ["per_head", "per_layer"])
+def test_choices_are_what_the_memory_chooses_from(model: Any, tokenizer: Any, budget: str) -> None:
+    config = CONFIG.namm.replace(budget=budget)
+    params = 0.1 * torch.randn(4172, generator=torch.Generator().manual_seed(0))
+    policy = NAMM(config, params, *STATISTICS)
+    choices = module._read(model, policy, examples(tokenizer), 10.0)
+    heads = 2 if budget == "per_layer" else 1
+    assert {c.layer for c in choices} == {0, 1}
+    assert {len(c.features) for c in choices} == {heads}
+    # layer_shares of a cache_size of 24
+    assert {(c.layer, c.budget) for c in choices} == {(0, 12 * heads), (1, 36 * heads)}
+    for c in choices:
+        assert c.size == c.budget + N_UP * heads or c.budget < c.size <= 2 * c.budget
+        for x, y in zip(c.features, c.target, strict=True):
+            assert len(x) == len(y)
+            assert y.min() >= 0
 
 
 @pytest.mark.parametrize("scorer", ["bam", "mlp"])

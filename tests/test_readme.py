@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -28,6 +30,20 @@ def test_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_tables_are_the_measured_ones() -> None:
+    """Whoever measures again runs tools/readme_table.py."""
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "tools/readme_table.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    content = json.loads((ROOT / "bench/results/demo.json").read_text(encoding="utf-8"))
+    assert README.count("<!-- demo ") == 2
+    assert tool.filled(README, content) == README
+    changed = json.loads(json.dumps(content).replace('"NAMM"', '"other"'))
+    assert tool.filled(README, changed) != README
 
 
 def test_commands_exist() -> None:

@@ -58,8 +58,8 @@ def _cells(row: dict[str, Any], groups: dict[str, list[str]], bold: bool) -> lis
 def filled(text: str, content: dict[str, Any]) -> str:
     """The README with its blocks replaced."""
     return re.sub(
-        r"(<!-- demo (\d+) -->\n).*?(\n<!-- end -->)",
-        lambda m: f"{m[1]}{table(content, int(m[2]))}{m[3]}",
+        r"(<!-- demo (\d+) -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{table(content, int(m[2]))}\n{m[3]}",
         text,
         flags=re.DOTALL,
     )

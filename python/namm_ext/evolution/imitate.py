@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import reference
 from ..baselines import Random
 from ..cache import NAMMCache, cache_keyword
-from ..config import NAMMConfig
+from ..config import NAMMConfig, layer_cache_size
 from ..patching import patch
 from ..policy import NAMM, Policy, UpdateContext
 from ..tasks import TRAIN_SEED, Example, make_batch
@@ -38,18 +38,18 @@ class ImitateConfig:
 
     Attributes:
         rounds: how often the memory reads. In the first it evicts at random, then as the round
-            before taught it.
+            before taught it; what was read before stays among the examples.
         steps: gradient steps per round.
         lengths: tokens of the contexts.
         num_tokens: tokens read per round and length.
-        batch_size: segments per layer and step.
-        learning_rate: of Adam, decaying to zero (cosine) in every round.
+        batch_size: evictions per layer and step.
+        learning_rate: of Adam at the start; it decays to zero (cosine).
         answer_weight: what attention from where an answer is predicted counts, relative to
             attention from anywhere else.
     """
 
-    rounds: int = 3
-    steps: int = 600
+    rounds: int = 4
+    steps: int = 250
     lengths: tuple[int, ...] = (1024, 2048)
     num_tokens: int = 49152
     batch_size: int = 8
@@ -72,12 +72,17 @@ class ImitateConfig:
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """The live tokens of one head at one update, and what will be wanted of them."""
+class _Choice:
+    """Tokens that compete for one budget: those of a head, or of all heads of a layer."""
 
     layer: int
-    features: Tensor  # [K, 25] the scorer's input
-    target: Tensor  # [K] future attention
+    features: tuple[Tensor, ...]  # per head [K, 25], the scorer's input
+    target: tuple[Tensor, ...]  # per head [K], future attention
+    budget: int  # how many may stay
+
+    @property
+    def size(self) -> int:
+        return sum(len(target) for target in self.target)
 
 
 def imitate(
@@ -90,11 +95,12 @@ def imitate(
     *,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Tensor:
-    """Fit the scorer of ``config.namm`` to predict which tokens later queries attend to.
+    """Fit the scorer of ``config.namm`` to keep the tokens that later queries attend to.
 
-    The loss of a token with score s and target y is ``y softplus(-s) + softplus(s)``, least at
-    ``s = log E[y]``: a score above zero says that the token will earn more than an average one.
-    Layers count as much as their share of the budget.
+    The loss of an eviction is the mean of ``softplus(threshold - score)`` over the tokens that
+    compete, weighted with the attention each will get; the threshold is the score at which the
+    budget is full. So only attention that is lost, or nearly, counts. Layers count as much as
+    their share of the budget.
 
     Args:
         model: a causal language model of transformers with the "eager" attention.
@@ -111,18 +117,14 @@ def imitate(
     generator = torch.Generator().manual_seed(config.seed)
     params = _random_start(config.namm, generator).requires_grad_()
     shares = config.namm.layer_shares
-    log_transform = config.namm.feature_transform == "log"
-
-    def features(state: Tensor, pos: Tensor) -> Tensor:
-        return reference.token_features(
-            state, pos, mean, var, log_transform, config.namm.log_eps
-        )
-
     policy: NAMM = _AtRandom(config.namm, params.detach(), mean, var)
+    optimiser = torch.optim.Adam([params], lr=imitation.learning_rate)
+    total_steps = imitation.rounds * imitation.steps
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total_steps)
+    layers: dict[int, list[_Choice]] = {}
     for round_ in range(imitation.rounds):
         if on_step:
             on_step({"round": round_ + 1, "step": 0, "loss": None})
-        layers: dict[int, list[_Segment]] = {}
         for number, length in enumerate(imitation.lengths):
             reader = copy.copy(policy)
             reader.config = config.namm.replace(cache_size=config.cache_size(length))
@@ -135,25 +137,18 @@ def imitate(
                 seed=(TRAIN_SEED, config.seed, 1, round_, number),
                 batch_size=max(1, imitation.num_tokens // length),
             )
-            for segment in _read(model, reader, examples, imitation, features):
-                layers.setdefault(segment.layer, []).append(segment)
-        for segments in layers.values():
-            segments.sort(key=lambda segment: len(segment.target))
-        # A target of 1 is what an average token of the layer earns.
-        means = {
-            layer: float(torch.cat([segment.target for segment in segments]).mean())
-            for layer, segments in layers.items()
-        }
+            for choice in _read(model, reader, examples, imitation.answer_weight):
+                layers.setdefault(choice.layer, []).append(choice)
+        for choices in layers.values():
+            choices.sort(key=lambda choice: choice.size)
         weights = {layer: shares[layer] if shares else 1.0 for layer in layers}
-        optimiser = torch.optim.Adam([params], lr=imitation.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, imitation.steps)
         total = 0.0
         for step in range(1, imitation.steps + 1):
             loss = torch.zeros(())
             place = float(torch.rand((), generator=generator))
-            for layer, segments in layers.items():
-                some = _draw(segments, place, imitation.batch_size, generator)
-                loss = loss + weights[layer] * _loss(config.namm, params, some, means[layer])
+            for layer, choices in layers.items():
+                some = _draw(choices, place, imitation.batch_size, generator)
+                loss = loss + weights[layer] * _loss(config.namm, params, some)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -176,39 +171,42 @@ def _random_start(config: NAMMConfig, generator: torch.Generator) -> Tensor:
 
 
 def _draw(
-    segments: Sequence[_Segment], place: float, size: int, generator: torch.Generator
-) -> list[_Segment]:
-    """Random ones among an eighth of the sorted segments: of like sizes, so padding costs little."""
-    span = max(size, len(segments) // 8)
-    first = int(place * max(1, len(segments) - span))
-    near = segments[first : first + span]
-    return [near[i] for i in torch.randperm(len(near), generator=generator)[:size].tolist()]
+    choices: Sequence[_Choice], place: float, count: int, generator: torch.Generator
+) -> list[_Choice]:
+    """Random ones among an eighth of the sorted ones: of like sizes, so padding costs little."""
+    span = max(count, len(choices) // 8)
+    first = int(place * max(1, len(choices) - span))
+    near = choices[first : first + span]
+    return [near[i] for i in torch.randperm(len(near), generator=generator)[:count].tolist()]
 
 
-def _loss(
-    config: NAMMConfig, params: Tensor, segments: Sequence[_Segment], mean_target: float
-) -> Tensor:
-    """Padding stands before the tokens of a segment: backward attention never sees it."""
-    size = max(len(segment.target) for segment in segments)
-    x = torch.zeros(len(segments), size, reference.NUM_FEATURES)
-    target, live = torch.zeros(len(segments), size), torch.zeros(len(segments), size)
-    for row, segment in enumerate(segments):
-        start = size - len(segment.target)
-        x[row, start:], target[row, start:] = segment.features, segment.target
-        live[row, start:] = 1.0
+def _loss(config: NAMMConfig, params: Tensor, choices: Sequence[_Choice]) -> Tensor:
+    """Mean over the choices. Padding stands before the tokens: backward attention never sees it."""
+    features = [x for choice in choices for x in choice.features]
+    size = max(len(x) for x in features)
+    padded = torch.stack([F.pad(x, (0, 0, size - len(x), 0)) for x in features])
     if config.scorer == "bam":
-        scores = reference.bam(x, params)
+        rows = reference.bam(padded, params)
     else:
-        scores = reference.mlp(
-            x,
+        rows = reference.mlp(
+            padded,
             params,
             hidden=config.mlp_hidden,
             depth=config.mlp_depth,
             bias=config.mlp_bias,
             residual_first=config.mlp_residual_first,
         )
-    loss = target / mean_target * F.softplus(-scores) + F.softplus(scores)
-    return (loss * live).sum() / live.sum()
+    heads = iter(rows)
+    losses = []
+    for choice in choices:
+        target = torch.cat(choice.target)
+        scores = torch.cat([next(heads)[size - len(y) :] for y in choice.target])
+        # Not one score but those around it, so that the gradient has more than one token to move.
+        near = max(1, choice.budget // 8)
+        ranked = scores.sort(descending=True).values
+        threshold = ranked[max(0, choice.budget - near) : choice.budget + near].mean()
+        losses.append((target * F.softplus(threshold - scores)).sum() / target.sum())
+    return torch.stack(losses).mean()
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -224,14 +222,13 @@ class _AtRandom(NAMM):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a policy saw of one head at one update."""
+    """What a policy saw of one row of a layer at one update."""
 
     layer: int
     row: int
-    head: int
     num_tokens: int  # of the row so far
-    state: Tensor  # [K, 17]
-    pos: Tensor  # [K]
+    state: tuple[Tensor, ...]  # per head [K, 17]
+    pos: tuple[Tensor, ...]  # per head [K]
 
 
 class _Recorder(Policy):
@@ -246,14 +243,12 @@ class _Recorder(Policy):
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         scores, state = self.inner.update(ctx)
         starts, used = ctx.cu_seqlens_k.tolist(), ctx.seqused_k.tolist()
-        for s, n in enumerate(used):
-            row, head = divmod(s, ctx.num_kv_heads)
-            num_tokens, live = int(ctx.seen[row]), slice(starts[s], starts[s] + n)
+        live = [slice(start, start + n) for start, n in zip(starts, used, strict=False)]
+        for row, num_tokens in enumerate(ctx.seen.tolist()):
             if (num_tokens // self.n_up + ctx.layer_idx) % self.every == 0:
-                now = state[live].cpu(), ctx.pos[live].cpu()
-                self.seen.append(
-                    _Seen(ctx.layer_idx, row, head, num_tokens, *(t.clone() for t in now))
-                )
+                heads = live[row * ctx.num_kv_heads : (row + 1) * ctx.num_kv_heads]
+                now = [tuple(t[h].cpu().clone() for h in heads) for t in (state, ctx.pos)]
+                self.seen.append(_Seen(ctx.layer_idx, row, num_tokens, *now))
         return scores, state
 
     def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
@@ -264,13 +259,9 @@ class _Recorder(Policy):
 
 
 def _read(
-    model: Any,
-    policy: Policy,
-    examples: Sequence[Example],
-    imitation: ImitateConfig,
-    features: Callable[[Tensor, Tensor], Tensor],
-) -> list[_Segment]:
-    """Segments of a part of the updates; few examples at a time bound the memory."""
+    model: Any, policy: NAMM, examples: Sequence[Example], answer_weight: float
+) -> list[_Choice]:
+    """What there was to choose in a part of the updates; few rows at a time bound the memory."""
     length, n_up = len(examples[0].input_ids), policy.n_up
     rows = max(1, 4096 // length)
     parts = [examples[i : i + rows] for i in range(0, len(examples), rows)]
@@ -284,17 +275,42 @@ def _read(
             given = {cache_keyword(model.base_model): cache}
             model.base_model(ids, **given, use_cache=True)
             seen.append(recorder.seen)
-    futures = list(_future_attention(model, parts, n_up, imitation.answer_weight))
-    return [
-        _Segment(
-            s.layer,
-            features(s.state, s.pos),
-            future[s.layer, s.row, s.head, s.num_tokens // n_up, s.pos.long()],
+    choices: list[_Choice] = []
+    futures = _future_attention(model, parts, n_up, answer_weight)
+    for some, future in zip(seen, futures, strict=True):
+        for s in some:
+            if s.num_tokens < length:  # nobody asks after the end
+                wanted = future[s.layer, s.row, :, s.num_tokens // n_up]
+                choices += _choices(policy, s, wanted)
+    return choices
+
+
+def _choices(policy: NAMM, seen: _Seen, wanted: Tensor) -> Iterator[_Choice]:
+    """One per layer or one per head, as the budget is shared; none where all tokens may stay."""
+    config = policy.config
+    if config.cache_size is None:
+        raise ValueError("imitate: cache_size must be an int, got None")
+    share = config.layer_shares[seen.layer] if config.layer_shares else 1.0
+    budget = layer_cache_size(config.cache_size, share)
+    num_heads = len(seen.pos)
+    together = num_heads if config.budget == "per_layer" else 1
+    for first in range(0, num_heads, together):
+        heads = range(first, first + together)
+        choice = _Choice(
+            seen.layer,
+            tuple(
+                reference.token_features(
+                    *(seen.state[h], seen.pos[h], policy.mean, policy.var),
+                    config.feature_transform == "log",
+                    config.log_eps,
+                )
+                for h in heads
+            ),
+            tuple(wanted[h, seen.pos[h].long()].clone() for h in heads),
+            budget * together,
         )
-        for some, future in zip(seen, futures, strict=True)
-        for s in some
-        if s.num_tokens < length  # nobody asks after the end
-    ]
+        if choice.size > choice.budget:
+            yield choice
 
 
 def _future_attention(

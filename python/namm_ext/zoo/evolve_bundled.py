@@ -39,14 +39,14 @@ MEMORY = NAMMConfig(
     threshold=None,
     cache_size=256,
     budget="per_layer",
-    layer_shares=(0.5, 0.5, 0.5, 2.5),
+    layer_shares=(0.4, 0.4, 0.4, 2.8),
     sink_tokens=4,
 )
 EVOLUTION = EvolveConfig(
     namm=MEMORY,
-    generations=100,
+    generations=60,
     popsize=16,
-    sigma0=0.02,
+    sigma0=0.01,
     lengths=(1024, 2048),
     num_examples=8,
     text_weight=1.0,
