@@ -16,7 +16,7 @@ SOURCES := $(shell find cpp cuda cmake python CMakeLists.txt pyproject.toml LICE
 # libgomp's idle threads spin by default, which on a busy machine costs more than the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-cpp lint bench cuda-check clean
+.PHONY: demo test test-all test-cpp neon-check lint bench cuda-check clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/namm demo $(ARGS)
@@ -29,6 +29,8 @@ test-all: $(VENV)/.built
 	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
 
 # The torch-free kernels under AddressSanitizer and UBSan, on every instruction set of this machine.
+# isa_objects is about the objects that are shipped: sanitizers add symbols of their own, so that it
+# runs in a plain build, of the kernels alone.
 test-cpp: $(VENV)/.built
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH cmake -S . -B build/sanitize -G Ninja \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(CURDIR)/$(RUN) -DNAMM_CUDA=OFF -DNAMM_SANITIZE=address,undefined
@@ -43,6 +45,10 @@ lint: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(RUN) bench/ratios.py $(ARGS)
+
+# The same kernels for 64-bit Arm, run under qemu; skipped where there is no cross compiler.
+neon-check:
+	tools/neon_check.sh
 
 # Compiles the CUDA kernels for every architecture, links them, checks registers and symbols; needs
 # nvcc, no GPU.
