@@ -42,7 +42,8 @@ void prefer_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_
   const uintptr_t bytes = static_cast<uintptr_t>(t.size(0) * row_bytes);
   if (bytes <= kLeast) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data<char>(t));
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + bytes) / kPage * kPage;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
+                  end = (begin + bytes) / kPage * kPage;
   // Advice: a kernel without huge pages refuses, and nothing is lost.
   (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
