@@ -183,6 +183,9 @@ class Layer:
         s, window = self.shape, reference.hann_window()
         q = self.q.view(s.batch_size, s.num_kv_heads, s.num_groups, self.rows, s.head_dim)
         k = self.k.view(s.batch_size, s.num_kv_heads, 1, self.num_keys, s.head_dim)
+        if q.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            # PyTorch's product of bf16 takes 18 times that of floats on such a CPU.
+            q, k = q.float(), k.float()
         logits = (q @ k.transpose(-1, -2)) * self.scale
         rows = torch.arange(self.num_keys - self.rows, self.num_keys)
         hidden = torch.arange(self.num_keys) > rows[:, None]
@@ -474,14 +477,18 @@ def decode(context: int, shape: Shape, shape_name: str, dtype: str, kept: float)
 # -------- time
 
 
-def interleaved(case: Case, rounds: int) -> dict[str, float]:
-    """Least CPU seconds of each of the three, taken in turns; what is slow at most 3 times.
+def interleaved(case: Case, rounds: int, seconds: float = 6.0) -> dict[str, float]:
+    """Least CPU seconds of each of the three, taken in turns; a slow plain one at most 3 times.
 
-    Of a rotation every member is timed in every round, and the mean of their minima counts.
+    Of a rotation every member is timed in every round, and the mean of their minima counts. Two
+    rounds are the least; then no other begins after so many seconds.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best: dict[str, list[float]] = {}
+    begun = time.perf_counter()
     for i in range(rounds):
+        if i >= 2 and time.perf_counter() - begun > seconds:
+            break
         for what in ("ours", "plain", "floor"):
             run = getattr(case, what)
             turns = len(run.runs) if isinstance(run, Rotation) else 1

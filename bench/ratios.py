@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", help="force an instruction set of the CPU")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=7, help="fewer are taken above N = 4096")
+    parser.add_argument("--rounds", type=int, default=7, help="of long cases fewer are taken")
     arguments = parser.parse_args(argv)
     if arguments.markdown:
         print(markdown(json.loads(arguments.markdown.read_text())))
@@ -268,9 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     for op, num_keys, shape, dtype, plain in QUICK if arguments.quick else FULL:
         if arguments.only not in f"{op}-{shape}-N{num_keys}-{dtype}":
             continue
-        rounds = arguments.rounds if num_keys <= 4096 else max(1, arguments.rounds // 2)
-        if op == "step" and num_keys > 4096:
-            rounds = 1
+        rounds = 1 if op == "step" and num_keys > 4096 else arguments.rounds
         with torch.no_grad():
             case = cases.make(op, num_keys, shape, dtype, plain)
             try:
