@@ -101,7 +101,7 @@ def test_rotation_takes_turns_and_keeps_results(bench) -> None:
 
 def test_every_op_has_a_case(bench) -> None:
     cases = bench("cases")
-    with pytest.raises(ValueError, match="op must be one of features, .*, decode_all: fft"):
+    with pytest.raises(ValueError, match=r"op must be one of features, .*, decode_all: fft"):
         cases.make("fft", 64, "bundled", "fp32")
 
 
