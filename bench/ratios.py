@@ -213,9 +213,6 @@ def show(row: Report) -> str:
 #: rows of the README's table: what it says, op, N, shape
 README_ROWS = [
     ("whole update, 4,096 tokens", "step", 4096, "llama"),
-    ("features, 4,096", "features", 4096, "llama"),
-    ("scores, 4,096", "bam", 4096, "llama"),
-    ("compaction, 4,096", "compact", 4096, "llama"),
     ("whole update, 1,024", "step", 1024, "llama"),
     ("attention, prefill 512 on 4,096", "prefill", 4096, "llama"),
     ("attention, decode, 25 % of 16,384 kept", "decode", 16384, "llama"),
