@@ -51,7 +51,8 @@ timeout "$(limit 240)" "$python" -m pip install --quiet --no-index --no-build-is
   --no-compile --target "$site" -Cbuild-dir=build/gpu-check -Ccmake.define.NAMM_CUDA=ON \
   -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="$arch-real" . > "$results/$name-build.log" 2>&1 ||
   { tail -40 "$results/$name-build.log"; echo "gpu_check: the build failed"; exit 1; }
-export PYTHONPATH=$site PYTHONUNBUFFERED=1
+# The table is for figures: deprecations of other packages stay out.
+export PYTHONPATH=$site PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore::FutureWarning
 "$python" - "$dry" <<'EOF' || exit 1
 import sys
 import namm_ext
