@@ -1,23 +1,34 @@
 """Inputs of the CPU benchmarks, the plain PyTorch expressions, and the floors.
 
 The plain expressions are what one writes first in PyTorch: dense logits, softmax, `torch.stft` and
-so on, in the dtype of the model with float32 features. They see the same equal-length segments.
+so on, in the dtype of the model with float32 features. They see the same equal-length segments. For
+attention the rival is ``scaled_dot_product_attention`` on an equally long dense cache (prefill) or
+on the whole cache of which ours kept a part (decode).
+
+The layers of a model take turns, so that none finds its store in the processor's cache. A
+``Rotation`` does the same: it holds equal stores of ``ROTATE_BYTES`` together, whatever N is, and
+each call works on the next one.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from namm_ext import ops, reference
+from namm_ext import ops, reference, testing
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMA_COEFF = 0.99
+#: what the stores of a rotation hold together; far more than any cache of a CPU.
+ROTATE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,28 @@ BUNDLED = Shape(128, 2, 2, 32, 64)
 SHAPES = {"llama": LLAMA, "bundled": BUNDLED}
 
 
+class Rotation:
+    """One call after the other on several equal inputs.
+
+    The result of a call stays alive until its input is due again, as a model's new store does.
+    """
+
+    def __init__(self, runs: list[Callable[[], Any]]) -> None:
+        self.runs = runs
+        self.results: list[Any] = [None] * len(runs)
+        self.turn = 0
+
+    def __call__(self) -> Any:
+        turn, self.turn = self.turn, (self.turn + 1) % len(self.runs)
+        self.results[turn] = self.runs[turn]()
+        return self.results[turn]
+
+
+def num_copies(*tensors: Tensor) -> int:
+    """How many copies of these fill ``ROTATE_BYTES``."""
+    return max(1, round(ROTATE_BYTES / sum(t.nbytes for t in tensors)))
+
+
 @dataclass
 class Case:
     """One thing to time, its plain expression and its floor (None: not possible, or none)."""
@@ -46,6 +79,10 @@ class Case:
     floor: Callable[[], Any] | None
     check: Callable[[], None]
     floor_name: str
+    #: what nanoseconds per token are counted in
+    num_tokens: int = 1
+    #: of the products Q K^T (and P V), or 0
+    flops: int = 0
 
 
 class Layer:
@@ -90,6 +127,15 @@ class Layer:
         rows = torch.arange(self.num_keys - self.rows, self.num_keys)
         hidden = torch.arange(self.num_keys) > rows[:, None]
         return logits.masked_fill_(hidden, -math.inf)
+
+    def copies(self) -> list[Layer]:
+        """This one and as many copies as a rotation takes."""
+        layers = [self]
+        for _ in range(num_copies(self.k, self.v, self.state) - 1):
+            layers.append(copy.copy(self))
+            for name in ("k", "v", "state", "pos"):
+                setattr(layers[-1], name, getattr(self, name).clone())
+        return layers
 
     # -------- ours
 
@@ -137,6 +183,9 @@ class Layer:
         s, window = self.shape, reference.hann_window()
         q = self.q.view(s.batch_size, s.num_kv_heads, s.num_groups, self.rows, s.head_dim)
         k = self.k.view(s.batch_size, s.num_kv_heads, 1, self.num_keys, s.head_dim)
+        if q.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            # PyTorch's product of bf16 takes 18 times that of floats on such a CPU.
+            q, k = q.float(), k.float()
         logits = (q @ k.transpose(-1, -2)) * self.scale
         rows = torch.arange(self.num_keys - self.rows, self.num_keys)
         hidden = torch.arange(self.num_keys) > rows[:, None]
@@ -207,23 +256,36 @@ def _check_compact(layer: Layer) -> None:
         assert torch.equal(ours[:first], plain[:first]), "compact differs from index_select"
 
 
+OPS = (
+    "features", "received", "bam", "select", "compact", "step", "prefill", "decode", "decode_all",
+)  # fmt: skip
+
+
 def make(op: str, num_keys: int, shape_name: str, dtype: str, plain: bool = True) -> Case:
     """The case of one op.
 
     Args:
-        op: "features", "received", "bam", "select", "compact" or "step".
-        num_keys: N, live rows per segment.
+        op: one of OPS; "decode" reads a quarter of the cache, "decode_all" all of it.
+        num_keys: N, live rows per segment; of the whole cache for "decode".
         shape_name: key of SHAPES.
         dtype: key of DTYPES.
         plain: whether to offer the plain expression; it needs N^2 memory.
     """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}: {op}")
+    if op == "prefill":
+        return prefill(num_keys, SHAPES[shape_name], shape_name, dtype)
+    if op == "decode":
+        return decode(num_keys, SHAPES[shape_name], shape_name, dtype, 0.25)
+    if op == "decode_all":
+        return decode(num_keys, SHAPES[shape_name], shape_name, dtype, 1.0)
     layer = Layer(num_keys, SHAPES[shape_name], dtype)
     s = layer.shape
     ours: Callable[[], Any]
     check: Callable[[], None]
     plain_fn: Callable[[], Any] | None = None
     floor: Callable[[], Any] | None = None
-    floor_name = ""
+    floor_name, flops = "", 0
     if op in ("features", "step", "received"):
         q = layer.q.float().reshape(layer.segments, -1, s.head_dim)
         k = layer.k.float().view(layer.segments, num_keys, s.head_dim)
@@ -234,11 +296,14 @@ def make(op: str, num_keys: int, shape_name: str, dtype: str, plain: bool = True
                 torch.mm(q[i], k[i].T, out=out)
 
         floor, floor_name = matmul, "fp32 mm(Q, K^T)"
+        flops = 2 * layer.segments * out.numel() * s.head_dim
     if op == "features":
-        ours, plain_fn = layer.spectrogram, layer.plain_spectrogram
+        ours = Rotation([each.spectrogram for each in layer.copies()])
+        plain_fn = layer.plain_spectrogram
         check = lambda: _check_features(layer)  # noqa: E731
     elif op == "received":
-        ours, check = layer.received, lambda: _check_features(layer)
+        ours = Rotation([each.received for each in layer.copies()])
+        check = lambda: _check_features(layer)  # noqa: E731
     elif op == "bam":
         exps = torch.randn(min(num_keys * num_keys // 2, 2**20))
         turns = max(1, layer.segments * num_keys * num_keys // 2 // exps.numel())
@@ -258,33 +323,180 @@ def make(op: str, num_keys: int, shape_name: str, dtype: str, plain: bool = True
         if op == "select":
             ours, plain_fn = lambda: layer.select(scores), lambda: layer.plain_keep(scores)
         else:
-            ours = lambda: layer.compact(layer.state, keep, num_kept)  # noqa: E731
-            plain_fn = lambda: layer.plain_compact(layer.state, rows)  # noqa: E731
+            layers = layer.copies()
+            ours = Rotation([partial(e.compact, e.state, keep, num_kept) for e in layers])
+            plain_fn = Rotation([partial(e.plain_compact, e.state, rows) for e in layers])
             source = torch.zeros(rows.numel() * 2 * s.head_dim, dtype=layer.k.dtype)
-            floor, floor_name = source.clone, "copy of kept K, V"
-    elif op == "step":
+            floor = Rotation([each.clone for each in _copies(source)])
+            floor_name = "copy of kept K, V"
+    else:
         ours, plain_fn = layer.step, layer.plain_step
 
         def check() -> None:
             _check_features(layer)
             _check_scores(layer)
             _check_compact(layer)
-    else:
-        raise ValueError(f"op must be one of features, received, bam, select, compact, step: {op}")
+
     name = f"{op}-{shape_name}-N{num_keys}-{dtype}"
-    return Case(name, ours, plain_fn if plain else None, floor, check, floor_name)
+    return Case(
+        name, ours, plain_fn if plain else None, floor, check, floor_name,
+        layer.segments * num_keys, flops,
+    )  # fmt: skip
 
 
-def interleaved(case: Case, rounds: int) -> dict[str, float]:
-    """Least CPU seconds of each of the three, taken in turns; the plain one at most 3 times."""
-    best: dict[str, float] = {}
+# -------- attention
+
+
+def _copies(*tensors: Tensor) -> list[Any]:
+    """These, and copies for a rotation; a single tensor by itself."""
+    sets = [tensors] + [tuple(t.clone() for t in tensors) for _ in range(num_copies(*tensors) - 1)]
+    return sets if len(tensors) > 1 else [t for (t,) in sets]
+
+
+def _attend_args(
+    lengths: list[int], shape: Shape, num_new: int, dtype: str
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Arguments of ``attend_`` for new tokens on segments of these lengths, and its outputs."""
+    kind = DTYPES[dtype]
+    store = testing.ragged_store(
+        lengths, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, num_state=0,
+        room=num_new, dtype=kind,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    batch_size, heads = shape.batch_size, shape.num_kv_heads * shape.num_groups
+    q = torch.randn(batch_size, heads, num_new, shape.head_dim, generator=generator).to(kind)
+    kv = torch.randn(
+        2, batch_size, shape.num_kv_heads, num_new, shape.head_dim, generator=generator
+    ).to(kind)
+    first = torch.zeros(batch_size, dtype=torch.int32)
+    count = torch.full((batch_size,), num_new, dtype=torch.int32)
+    position = store.newest() + 1
+    ops.append_(
+        store.k, store.v, store.pos, store.state, store.seqused_k, store.cu_seqlens_k,
+        kv[0], kv[1], first, count, position,
+    )  # fmt: skip
+    args = {
+        "q": q, "k": store.k, "v": store.v, "pos": store.pos,
+        "cu_seqlens_k": store.cu_seqlens_k, "seqused_k": store.seqused_k,
+        "first": first, "num_new": count, "pos_first": position,
+        "softmax_scale": shape.head_dim**-0.5,
+    }  # fmt: skip
+    out = torch.zeros(batch_size, num_new, heads, shape.head_dim, dtype=kind)
+    return args, out, torch.zeros(batch_size, heads, num_new)
+
+
+def _attend_rotation(args: dict[str, Any], out: Tensor, lse: Tensor) -> Rotation:
+    return Rotation(
+        [
+            partial(ops.attend_, out, lse, **{**args, "k": k, "v": v})
+            for k, v in _copies(args["k"], args["v"])
+        ]
+    )
+
+
+def _live_copy(args: dict[str, Any]) -> Rotation:
+    """Copies of the live bytes of K and V: what cannot be avoided."""
+    live = int(args["seqused_k"].sum()) * args["k"].shape[1]
+    sources = _copies(torch.zeros(2 * live, dtype=args["k"].dtype))
+    target = torch.empty_like(sources[0])
+    return Rotation([partial(target.copy_, source) for source in sources])
+
+
+def prefill(
+    cached: int, shape: Shape, shape_name: str, dtype: str, num_new: int | None = None
+) -> Case:
+    """A chunk of new tokens on ``cached`` ones in every segment, against the same densely.
+
+    Args:
+        cached: rows per segment before.
+        shape: sizes of the layer.
+        shape_name: for the name of the case.
+        dtype: key of DTYPES.
+        num_new: new tokens per batch row; None: as many as between two updates.
+    """
+    columns = shape.n_up if num_new is None else num_new
+    segments, keys = shape.batch_size * shape.num_kv_heads, cached + columns
+    args, out, lse = _attend_args([cached] * segments, shape, columns, dtype)
+    dense = (shape.batch_size, shape.num_kv_heads, keys, shape.head_dim)
+    k, v = args["k"].view(dense), args["v"].view(dense)
+    mask = torch.ones(columns, keys, dtype=torch.bool).tril(cached)
+
+    def rival() -> Tensor:
+        return scaled_dot_product_attention(
+            args["q"], k, v, attn_mask=mask, enable_gqa=shape.num_groups > 1
+        )
+
+    def check() -> None:
+        want, _ = reference.attend(**{**args, **{n: args[n].double() for n in "qkv"}})
+        ops.attend_(out, lse, **args)
+        testing.assert_no_worse_than(out, rival().transpose(1, 2), want)
+
+    return Case(
+        f"prefill-{shape_name}-N{cached}-{dtype}", lambda: ops.attend_(out, lse, **args), rival,
+        _live_copy(args), check, "copy of live K, V", segments * keys,
+        4 * segments * shape.num_groups * shape.head_dim * columns * keys,
+    )  # fmt: skip
+
+
+def decode(context: int, shape: Shape, shape_name: str, dtype: str, kept: float) -> Case:
+    """One token on a ragged cache of ``kept * context`` rows on average, against the whole cache.
+
+    Args:
+        context: rows per segment of the whole cache.
+        shape: sizes of the layer.
+        shape_name: for the name of the case.
+        dtype: key of DTYPES.
+        kept: average part of it that is left; segments lie between half and one and a half of it.
+            1.0: all of it, equally long.
+    """
+    segments = shape.batch_size * shape.num_kv_heads
+    steps = [0.5 + i / max(1, segments - 1) for i in range(segments)]
+    lengths = [context - 1 if kept == 1.0 else int(kept * context * step) for step in steps]
+    args, out, lse = _attend_args(lengths, shape, 1, dtype)
+    whole = (shape.batch_size, shape.num_kv_heads, context, shape.head_dim)
+    k, v = (torch.randn(whole).to(DTYPES[dtype]) for _ in range(2))
+
+    def rival(k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(args["q"], k, v, enable_gqa=shape.num_groups > 1)
+
+    def check() -> None:
+        same, _ = reference.attend(**args)
+        want, _ = reference.attend(**{**args, **{n: args[n].double() for n in "qkv"}})
+        ops.attend_(out, lse, **args)
+        testing.assert_no_worse_than(out, same, want)
+
+    op = "decode" if kept < 1.0 else "decode_all"
+    return Case(
+        f"{op}-{shape_name}-N{context}-{dtype}", _attend_rotation(args, out, lse),
+        Rotation([partial(rival, k, v) for k, v in _copies(k, v)]), _live_copy(args), check,
+        "copy of live K, V", segments * context,
+        4 * shape.num_groups * shape.head_dim * sum(lengths),
+    )  # fmt: skip
+
+
+# -------- time
+
+
+def interleaved(case: Case, rounds: int, seconds: float = 6.0) -> dict[str, float]:
+    """Least CPU seconds of each of the three, taken in turns; a slow plain one at most 3 times.
+
+    Of a rotation every member is timed in every round, and the mean of their minima counts. Two
+    rounds are the least; then no other begins after so many seconds.
+    """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    best: dict[str, list[float]] = {}
+    begun = time.perf_counter()
     for i in range(rounds):
+        if i >= 2 and time.perf_counter() - begun > seconds:
+            break
         for what in ("ours", "plain", "floor"):
             run = getattr(case, what)
-            if run is None or (what == "plain" and i >= 3):
+            turns = len(run.runs) if isinstance(run, Rotation) else 1
+            if run is None or (what == "plain" and i >= 3 and sum(best[what]) > 0.5):
                 continue
-            start = clock()
-            run()
-            best[what] = min(best.get(what, math.inf), clock() - start)
-    return best
+            times = best.setdefault(what, [math.inf] * turns)
+            for turn in range(turns):
+                start = clock()
+                run()
+                times[turn] = min(times[turn], clock() - start)
+    return {what: sum(times) / len(times) for what, times in best.items()}

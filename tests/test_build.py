@@ -181,6 +181,85 @@ def test_import_works_without_transformers_and_leaves_it_alone():
     assert result.returncode == 0, result.stderr
 
 
+# What an installed wheel with CUDA ops says on the torch at hand; argument: its folder.
+WHEEL_PROBE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]
+import torch, namm_ext
+assert namm_ext.__file__.startswith(sys.argv[1]), namm_ext.__file__
+assert (namm_ext.libraries.folder / "namm_cuda.so").is_file()
+k = torch.arange(8.0).view(4, 2)
+one, ends = torch.tensor([4], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+keep, kept = torch.tensor([0, 1, 0, 1], dtype=torch.uint8), torch.tensor([2], dtype=torch.int32)
+pos = torch.arange(4, dtype=torch.int32)
+new = namm_ext.ops.compact(k, k, pos, k, ends, one, keep, kept, 2 * (ends > 0).int(), capacity=2)
+assert torch.equal(new[0], k[[1, 3]]), new
+loaded = "namm_cuda.so" in open("/proc/self/maps").read()
+assert loaded == namm_ext.libraries.has_cuda == (torch.version.cuda is not None)
+from namm_ext.cli import main
+sys.argv[1:] = ["info"]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_wheel_with_cuda_ops_works_on_any_torch(tmp_path):
+    """One wheel, built without a GPU, carries the CUDA ops; a CPU torch leaves them alone."""
+    pytest.importorskip("scikit_build_core")
+    pytest.importorskip("typer")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    command = [
+        *pip, "wheel", "--no-index", "--no-build-isolation", "--no-deps",
+        "-Ccmake.define.NAMM_CUDA=ON", "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=90-real",
+        f"-Cbuild-dir={tmp_path}/build", "-w", str(tmp_path), str(ROOT),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("namm_ext-*.whl")
+    site = tmp_path / "site"
+    install = ["install", "--no-index", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run([*pip, *install], check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WHEEL_PROBE, str(site)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    status = "loaded" if torch.version.cuda else "built, not loaded: this torch has no CUDA"
+    assert re.search(rf"CUDA kernels +{status} *$", result.stdout, re.MULTILINE), result.stdout
+
+
+@needs_nm
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("namespace namm_ext::avx2 { int f() { return 1; } }", None),
+        ("#include <vector>\nint f() { return 1; }", "do not name their instruction set"),
+        (None, "no object of an instruction set"),
+    ],
+    ids=["inside", "outside", "nothing"],
+)
+def test_isa_objects_are_checked(tmp_path, source, message):
+    objects = tmp_path / "probe_base.cpp.o"
+    if source:
+        objects = tmp_path / "probe_avx2.cpp.o"
+        (tmp_path / "probe.cpp").write_text(source)
+        compiler = ["c++", "-std=c++17", "-c", str(tmp_path / "probe.cpp"), "-o", str(objects)]
+        subprocess.run(compiler, check=True)
+    script = ROOT / "cmake" / "check_isa_objects.cmake"
+    command = ["cmake", "-DNM=nm", f"-DOBJECTS={objects}", "-DPROCESSOR=x86_64", "-P", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == (message is None), result.stderr
+    assert message is None or message in " ".join(result.stderr.split())
+
+
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="module 'namm_ext' has no attribute 'nonsense'"):
         _ = namm_ext.nonsense

@@ -246,6 +246,44 @@ def test_compact_and_append_copy_like_the_cpu(head_dim, dtype):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("head_dim", "groups", "dtype"), SHAPES)
+def test_attend_like_the_cpu(head_dim, groups, dtype):
+    call = attend_call(head_dim, groups, dtype, (33, 1))
+    tolerance = {FP32: 2e-5, FP16: 4e-3, BF16: 3e-2}[dtype]
+    for ours, theirs in zip(call.run("cuda"), call.run("cpu"), strict=True):
+        torch.testing.assert_close(
+            ours.float(), theirs.float(), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("name", ["spectrogram", "attention_received"])
+@pytest.mark.parametrize(("head_dim", "groups", "dtype"), SHAPES)
+def test_window_like_the_cpu(name, head_dim, groups, dtype):
+    call = window_call(name, head_dim, groups, dtype)
+    (ours,), (theirs,) = call.select(call.run("cuda")), call.select(call.run("cpu"))
+    error = (ours - theirs).norm() / theirs.norm()
+    assert error < (1e-5 if dtype == FP32 else 5e-4), f"relative L2 difference {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["bam_scores", "mlp_scores"])
+def test_scores_choose_like_the_cpu(name):
+    call = score_call(name, 0.3)
+    (ours,), (theirs,) = call.run("cuda"), call.run("cpu")
+    (mine,), (want,) = call.select([ours]), call.select([theirs])
+    error = (mine - want).norm() / want.norm()
+    assert error < 2e-3, f"relative L2 difference {error:.1e}"
+    rule = {
+        "threshold": 0.0, "cache_size": -1, "budget": "per_head", "fill": False,
+        "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0,
+    }  # fmt: skip
+    _, pos, cu, used, *_, active = call.args
+    keep = [ops.select(scores, pos, cu, used, active, **rule)[0] for scores in (ours, theirs)]
+    differ = (keep[0] != keep[1])[call.live]
+    # Only where the score lies within the error of the threshold, and seldom.
+    assert bool((want[differ].abs() <= 5e-3 * want.square().mean().sqrt()).all())
+    assert differ.float().mean() <= 1e-3
+
+
 # Against themselves -------------------------------------------------------------------------------
 
 CALLS: dict[str, Callable[[], Call]] = {
@@ -284,8 +322,9 @@ def test_equal_bits_every_time(name):
 
 
 @pytest.mark.parametrize("num_new", [1, 100], ids=["decode", "prefill"])
-def test_attend_does_not_depend_on_the_batch(num_new):
-    call = attend_call(128, 4, BF16, (num_new, num_new))
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, BF16), (72, FP32)], ids=["mma", "simt"])
+def test_attend_does_not_depend_on_the_batch(head_dim, dtype, num_new):
+    call = attend_call(head_dim, 4, dtype, (num_new, num_new))
     out, lse = call.run("cuda")
     q, k, v, pos, cu, used, first, count, pos_first = call.args
     for b in range(2):
@@ -303,18 +342,28 @@ def test_attend_does_not_depend_on_the_batch(num_new):
         assert torch.equal(got_lse[0], lse[b])
 
 
-@pytest.mark.parametrize("name", ["spectrogram", "attention_received", "bam_scores"])
-def test_features_and_scores_do_not_depend_on_the_batch(name):
-    call = score_call(name) if name == "bam_scores" else window_call(name, 128, 4, BF16)
+@pytest.mark.parametrize(
+    ("name", "head_dim", "dtype"),
+    [
+        ("spectrogram", 128, BF16),
+        ("spectrogram", 72, FP32),
+        ("attention_received", 128, BF16),
+        ("bam_scores", 0, FP32),
+        ("mlp_scores", 0, FP32),
+    ],
+)
+def test_features_and_scores_do_not_depend_on_the_batch(name, head_dim, dtype):
+    scores = name.endswith("_scores")
+    call = score_call(name) if scores else window_call(name, head_dim, 4, dtype)
     (whole,) = call.run("cuda")
     # The second batch row alone: everything per row or per segment is cut.
     args = list(call.args)
-    at = {"spectrogram": (5, 6), "attention_received": (4, 5), "bam_scores": (2, 3)}[name]
+    at = (2, 3) if scores else {"spectrogram": (5, 6), "attention_received": (4, 5)}[name]
     cu, used = args[at[0]], args[at[1]]
     rows = slice(int(cu[2]), int(cu[4]))
     live = call.live[rows]
     args[at[0]], args[at[1]] = cu[2:] - cu[2], used[2:]
-    if name == "bam_scores":
+    if scores:
         args[0], args[1] = args[0][rows], args[1][rows]
         args[5], args[8] = args[5][1:], args[8][1:]
     else:
@@ -325,6 +374,34 @@ def test_features_and_scores_do_not_depend_on_the_batch(name):
         args[-2], args[-1] = args[-2][1:], args[-1][1:]
     (alone,) = Call(name, tuple(args), call.kwargs, live, 1).run("cuda")
     assert torch.equal(alone[live], whole[rows][live])
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_select_and_compact_do_not_depend_on_the_batch(rule):
+    call = select_call(rule, ties=True)
+    keep, kept = call.run("cuda")
+    scores, pos, cu, used, active = call.args
+    for b in range(2):
+        rows = slice(int(cu[2 * b]), int(cu[2 * b + 2]))
+        args = (
+            scores[rows], pos[rows], cu[2 * b : 2 * b + 3] - cu[2 * b], used[2 * b : 2 * b + 2],
+            active[b : b + 1],
+        )  # fmt: skip
+        alone, alone_kept = Call("select", args, call.kwargs, None, 2).run("cuda")
+        live = call.live[rows]
+        assert torch.equal(alone[live], keep[rows][live])
+        assert torch.equal(alone_kept, kept[2 * b : 2 * b + 2])
+    call = compact_call(128, BF16)
+    whole = call.run("cuda")
+    k, v, pos, state, cu, used, keep, kept, new = call.args
+    rows, out = slice(int(cu[2]), int(cu[4])), slice(int(new[2]), int(new[4]))
+    args = (
+        k[rows], v[rows], pos[rows], state[rows], cu[2:] - cu[2], used[2:], keep[rows], kept[2:],
+        new[2:] - new[2],
+    )  # fmt: skip
+    got = Call("compact", args, {"capacity": out.stop - out.start}, None, 4).run("cuda")
+    for ours, part in zip(got, whole, strict=True):
+        assert torch.equal(ours, part[out])
 
 
 # Memory, streams, the drop-in ---------------------------------------------------------------------

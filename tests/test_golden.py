@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from golden_files import golden_dir
-from namm_ext import NAMM, ops, policy, reference
+from namm_ext import NAMM, ops, policy, reference, testing
 from torch import Tensor
 
 GOLDEN = golden_dir()
@@ -658,21 +658,22 @@ def test_e2e(path, cut):
     )
 
 
+@pytest.mark.parametrize("device", testing.devices())
 @pytest.mark.parametrize("path", golden_files("e2e_*_fp32.npz"))
-def test_e2e_generate(path):
+def test_e2e_generate(path, device):
     """The same tokens from ``generate`` on a patched model, update in the middle of decoding."""
     from namm_ext import patch
 
     v = load(path)
-    model = e2e_model(path, v)
+    model = e2e_model(path, v).to(device)
     recorder = e2e_policy(v, v["params"])
     ids, wanted = v["input_ids"].long(), v["gen_tokens"].long()
     with patch(model, recorder):
         out = model.generate(
-            ids, max_new_tokens=len(wanted), do_sample=False, eos_token_id=None,
-            attention_mask=torch.ones_like(ids),
+            ids.to(device), max_new_tokens=len(wanted), do_sample=False, eos_token_id=None,
+            attention_mask=torch.ones_like(ids).to(device),
         )  # fmt: skip
-    assert torch.equal(out[0, ids.shape[1] :], wanted)
+    assert torch.equal(out[0, ids.shape[1] :].cpu(), wanted)
     assert len(recorder.updates[0]) == int(v["gen_n_updates"])
 
 

@@ -34,7 +34,7 @@ fi
 echo "== symbols of namm_cuda.so"
 library=$(find "$build" -name namm_cuda.so -not -path "*/python/*" | head -1)
 needed=$(readelf -d "$library" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' | sort)
-echo "needs: $(echo $needed)"
+echo "needs: ${needed//$'\n'/ }"
 for name in libtorch_cuda.so libtorch_cpu.so libcudart.so; do
   grep -q "^$name" <<< "$needed" || { echo "cuda_check: $name is not needed"; exit 1; }
 done
@@ -49,6 +49,6 @@ exported=$(nm -D --defined-only "$library" | awk '{print $NF}' | c++filt | grep 
 code=$(grep -oE 'code=\[[a-z0-9_,]+\]' "$build/compile_commands.json" | sort -u | tr '\n' ' ')
 echo "code: $code"
 for target in sm_80 sm_90 sm_100 compute_100; do
-  grep -qE "[[,]$target[],]" <<< "$code" || { echo "cuda_check: no code for $target"; exit 1; }
+  grep -qE "[[,]${target}[],]" <<< "$code" || { echo "cuda_check: no code for $target"; exit 1; }
 done
 echo "cuda_check: all right"

@@ -46,9 +46,10 @@ class Libraries:
             raise ImportError(_missing(name, str(error))) from error
 
     def _load_cuda(self) -> tuple[bool, str]:
+        built = (self.folder / "namm_cuda.so").is_file()
         if torch.version.cuda is None:
-            return False, "this torch has no CUDA"
-        if not (self.folder / "namm_cuda.so").is_file():
+            return False, "built, not loaded: " * built + "this torch has no CUDA"
+        if not built:
             return False, "built without CUDA; reinstall with -Ccmake.define.NAMM_CUDA=ON and nvcc"
         try:
             self._load("namm_cuda.so")
