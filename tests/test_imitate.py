@@ -11,15 +11,7 @@ import torch
 import transformers
 from hf_models import COMMON, build
 from namm_ext import NAMM, NAMMConfig, reference, tasks, zoo
-from namm_ext.evolution import (
-    EvolveConfig,
-    ImitateConfig,
-    calibrate_statistics,
-    calibration_batch,
-    evolve,
-    imitate,
-    train,
-)
+from namm_ext.evolution import EvolveConfig, ImitateConfig, evolve, imitate, train
 
 pytest.importorskip("cma")
 # The package exports the function under the module's name.
@@ -98,54 +90,57 @@ def test_targets_are_the_attention_of_later_queries(model: Any, tokenizer: Any) 
                 torch.testing.assert_close(future[layer, row, :, update], later)
 
 
-def test_a_batch_is_the_mean_of_its_tokens() -> None:
-    """Padding is seen by no token and counts for none."""
+def test_a_batch_is_the_mean_of_its_evictions() -> None:
+    """Padding is seen by no token; heads that share a budget share the threshold."""
     generator = torch.Generator().manual_seed(0)
     params = 0.3 * torch.randn(4172, generator=generator)
-    segments = [
-        module._Segment(0, torch.randn(n, 25, generator=generator), torch.rand(n) * 3)
-        for n in (5, 9)
-    ]
-    together = module._loss(CONFIG.namm, params, segments, 2.0)
-    alone = [module._loss(CONFIG.namm, params, [segment], 2.0) for segment in segments]
-    torch.testing.assert_close(together, (5 * alone[0] + 9 * alone[1]) / 14)
-    scores = reference.bam(segments[0].features, params)
-    y = segments[0].target / 2.0
-    loss = y * torch.log1p(torch.exp(-scores)) + torch.log1p(torch.exp(scores))
-    torch.testing.assert_close(alone[0], loss.mean())
+
+    def choice(*sizes: int) -> Any:
+        x = tuple(torch.randn(n, 25, generator=generator) for n in sizes)
+        return module._Choice(0, x, tuple(torch.rand(n, generator=generator) for n in sizes), 5)
+
+    one, two = choice(4, 3), choice(9, 2)
+    together = module._loss(CONFIG.namm, params, [one, two])
+    alone = [module._loss(CONFIG.namm, params, [c]) for c in (one, two)]
+    torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
+    scores = torch.cat([reference.bam(x, params) for x in one.features])
+    target = torch.cat(one.target)
+    threshold = scores.sort(descending=True).values[4:6].mean()
+    loss = (target * torch.log1p(torch.exp(threshold - scores))).sum() / target.sum()
+    torch.testing.assert_close(alone[0], loss)
 
 
-def test_segments_are_what_the_memory_scores(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("budget", ["per_head", "per_layer"])
+def test_choices_are_what_the_memory_chooses_from(model: Any, tokenizer: Any, budget: str) -> None:
+    config = CONFIG.namm.replace(budget=budget)
     params = 0.1 * torch.randn(4172, generator=torch.Generator().manual_seed(0))
-    policy = NAMM(CONFIG.namm, params, *STATISTICS)
-    segments = module._read(model, policy, examples(tokenizer), 10.0)
-    assert {segment.layer for segment in segments} == {0, 1}
-    for s in segments:
-        assert len(s.features) == len(s.target)
-        assert s.target.min() >= 0
-    live = [max(len(s.target) for s in segments if s.layer == layer) for layer in (0, 1)]
-    # layer_shares of a cache_size of 24, both heads together, and a period
-    assert live[0] <= 2 * 12 + N_UP < live[1] <= 2 * 36 + N_UP
+    policy = NAMM(config, params, *STATISTICS)
+    choices = module._read(model, policy, examples(tokenizer), 10.0)
+    heads = 2 if budget == "per_layer" else 1
+    assert {c.layer for c in choices} == {0, 1}
+    assert {len(c.features) for c in choices} == {heads}
+    # layer_shares of a cache_size of 24
+    assert {(c.layer, c.budget) for c in choices} == {(0, 12 * heads), (1, 36 * heads)}
+    for c in choices:
+        assert c.size == c.budget + N_UP * heads or c.budget < c.size <= 2 * c.budget
+        for x, y in zip(c.features, c.target, strict=True):
+            assert len(x) == len(y)
+            assert y.min() >= 0
 
 
 @pytest.mark.parametrize("scorer", ["bam", "mlp"])
 def test_the_fit_learns_and_repeats(model: Any, tokenizer: Any, scorer: str) -> None:
     config = replace(CONFIG, namm=CONFIG.namm.replace(scorer=scorer))
     longer = replace(IMITATION, rounds=1, steps=200)
-    statistics = calibrate_statistics(model, config.namm, calibration_batch(tokenizer, config))
     records: list[dict[str, Any]] = []
-    params = imitate(model, tokenizer, config, longer, *statistics, on_step=records.append)
+    params = imitate(model, tokenizer, config, longer, *STATISTICS, on_step=records.append)
     assert params.shape == (config.namm.num_params,)
     assert bool(params.isfinite().all())
     assert [record["step"] for record in records] == [0, 50, 100, 150, 200]
-    everything = config.namm.replace(cache_size=None, budget="per_head", layer_shares=None)
-    read = module._read(model, NAMM(everything, params, *statistics), examples(tokenizer), 50.0)
-    mean = float(torch.cat([segment.target for segment in read]).mean())
-    fitted, zero = (module._loss(config.namm, p, read, mean) for p in (params, 0 * params))
-    assert fitted < 0.99 * zero
-    again = imitate(model, tokenizer, config, longer, *statistics)
+    assert records[-1]["loss"] < 0.95 * records[1]["loss"]
+    again = imitate(model, tokenizer, config, longer, *STATISTICS)
     assert torch.equal(params, again)
-    other = imitate(model, tokenizer, replace(config, seed=1), longer, *statistics)
+    other = imitate(model, tokenizer, replace(config, seed=1), longer, *STATISTICS)
     assert not torch.equal(params, other)
 
 

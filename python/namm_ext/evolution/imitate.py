@@ -3,12 +3,13 @@
 Evolution optimises what counts, but from zero it needs hundreds of generations to find a useful
 direction among 4,172. How much attention later queries pay to a cached token is a target that
 costs two forward passes, and the scorer is differentiable in its parameters. What is kept decides
-which features are seen, so after a first round without evictions the memory reads under its own
+which features are seen, so after a first round of random evictions the memory reads under its own
 (Ross et al. 2011, arXiv:1011.0686); the targets are always those of the full cache.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..baselines import Random
 from ..cache import NAMMCache, cache_keyword
-from ..config import NAMMConfig
+from ..config import NAMMConfig, layer_cache_size
 from ..patching import patch
 from ..policy import NAMM, Policy, UpdateContext
 from ..tasks import TRAIN_SEED, Example, make_batch
@@ -35,22 +37,21 @@ class ImitateConfig:
     """How the start is fitted; memory, task families and seed are those of the `EvolveConfig`.
 
     Attributes:
-        rounds: how often the memory reads. In the first it evicts nothing, then as the round before
-            taught it.
+        rounds: how often the memory reads. In the first it evicts at random, then as the round
+            before taught it; what was read before stays among the examples.
         steps: gradient steps per round.
-        lengths: tokens of the contexts; a length that stands there twice counts twice.
+        lengths: tokens of the contexts.
         num_tokens: tokens read per round and length.
-        batch_size: segments per layer and step.
-        learning_rate: of Adam in the first round, in round n divided by n; it decays to zero
-            (cosine) in each.
+        batch_size: evictions per layer and step.
+        learning_rate: of Adam at the start; it decays to zero (cosine).
         answer_weight: what attention from where an answer is predicted counts, relative to
             attention from anywhere else.
     """
 
-    rounds: int = 3
-    steps: int = 200
-    lengths: tuple[int, ...] = (1024, 2048, 2048)
-    num_tokens: int = 32768
+    rounds: int = 4
+    steps: int = 250
+    lengths: tuple[int, ...] = (1024, 2048)
+    num_tokens: int = 49152
     batch_size: int = 8
     learning_rate: float = 5e-3
     answer_weight: float = 50.0
@@ -71,12 +72,17 @@ class ImitateConfig:
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """The live tokens of one head at one update."""
+class _Choice:
+    """Tokens that compete for one budget: those of a head, or of all heads of a layer."""
 
     layer: int
-    features: Tensor  # [K, 25], the scorer's input
-    target: Tensor  # [K], future attention
+    features: tuple[Tensor, ...]  # per head [K, 25], the scorer's input
+    target: tuple[Tensor, ...]  # per head [K], future attention
+    budget: int  # how many may stay
+
+    @property
+    def size(self) -> int:
+        return sum(len(target) for target in self.target)
 
 
 def imitate(
@@ -89,11 +95,12 @@ def imitate(
     *,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Tensor:
-    """Fit the scorer of ``config.namm`` to predict which tokens later queries attend to.
+    """Fit the scorer of ``config.namm`` to keep the tokens that later queries attend to.
 
-    The loss of a token with score s and target y is ``y softplus(-s) + softplus(s)``, least at
-    ``s = log E[y]``; a target of 1 is what an average live token of the layer gets, so a score
-    above zero promises more than that. Layers count as much as their share of the budget.
+    The loss of an eviction is the mean of ``softplus(threshold - score)`` over the tokens that
+    compete, weighted with the attention each will get; the threshold is the score at which the
+    budget is full. So only attention that is lost, or nearly, counts. Layers count as much as
+    their share of the budget.
 
     Args:
         model: a causal language model of transformers with the "eager" attention.
@@ -110,17 +117,17 @@ def imitate(
     generator = torch.Generator().manual_seed(config.seed)
     params = _random_start(config.namm, generator).requires_grad_()
     shares = config.namm.layer_shares
-    policy = NAMM(config.namm, params.detach().clone(), mean, var)
+    policy: NAMM = _AtRandom(config.namm, params.detach(), mean, var)
+    optimiser = torch.optim.Adam([params], lr=imitation.learning_rate)
+    total_steps = imitation.rounds * imitation.steps
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total_steps)
+    layers: dict[int, list[_Choice]] = {}
     for round_ in range(imitation.rounds):
         if on_step:
             on_step({"round": round_ + 1, "step": 0, "loss": None})
-        layers: dict[int, list[_Segment]] = {}
         for number, length in enumerate(imitation.lengths):
-            reader = policy.with_config(cache_size=config.cache_size(length))
-            if round_ == 0:
-                reader = policy.with_config(
-                    cache_size=None, threshold=None, budget="per_head", layer_shares=None
-                )
+            reader = copy.copy(policy)
+            reader.config = config.namm.replace(cache_size=config.cache_size(length))
             examples = make_batch(
                 config.families,
                 tokenizer,
@@ -130,24 +137,18 @@ def imitate(
                 seed=(TRAIN_SEED, config.seed, 1, round_, number),
                 batch_size=max(1, imitation.num_tokens // length),
             )
-            for segment in _read(model, reader, examples, imitation.answer_weight):
-                layers.setdefault(segment.layer, []).append(segment)
-        for segments in layers.values():
-            segments.sort(key=lambda segment: len(segment.target))
-        means = {
-            layer: float(torch.cat([segment.target for segment in segments]).mean())
-            for layer, segments in layers.items()
-        }
+            for choice in _read(model, reader, examples, imitation.answer_weight):
+                layers.setdefault(choice.layer, []).append(choice)
+        for choices in layers.values():
+            choices.sort(key=lambda choice: choice.size)
         weights = {layer: shares[layer] if shares else 1.0 for layer in layers}
-        optimiser = torch.optim.Adam([params], lr=imitation.learning_rate / (round_ + 1))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, imitation.steps)
         total = 0.0
         for step in range(1, imitation.steps + 1):
             loss = torch.zeros(())
             place = float(torch.rand((), generator=generator))
-            for layer, segments in layers.items():
-                some = _draw(segments, place, imitation.batch_size, generator)
-                loss = loss + weights[layer] * _loss(config.namm, params, some, means[layer])
+            for layer, choices in layers.items():
+                some = _draw(choices, place, imitation.batch_size, generator)
+                loss = loss + weights[layer] * _loss(config.namm, params, some)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -170,24 +171,20 @@ def _random_start(config: NAMMConfig, generator: torch.Generator) -> Tensor:
 
 
 def _draw(
-    segments: Sequence[_Segment], place: float, count: int, generator: torch.Generator
-) -> list[_Segment]:
+    choices: Sequence[_Choice], place: float, count: int, generator: torch.Generator
+) -> list[_Choice]:
     """Random ones among an eighth of the sorted ones: of like sizes, so padding costs little."""
-    span = max(count, len(segments) // 8)
-    first = int(place * max(1, len(segments) - span))
-    near = segments[first : first + span]
+    span = max(count, len(choices) // 8)
+    first = int(place * max(1, len(choices) - span))
+    near = choices[first : first + span]
     return [near[i] for i in torch.randperm(len(near), generator=generator)[:count].tolist()]
 
 
-def _loss(
-    config: NAMMConfig, params: Tensor, segments: Sequence[_Segment], mean_target: float
-) -> Tensor:
-    """Mean over tokens. Padding stands before them: backward attention never sees it."""
-    size = max(len(segment.target) for segment in segments)
-    padding = [size - len(segment.target) for segment in segments]
-    padded = torch.stack(
-        [F.pad(s.features, (0, 0, n, 0)) for s, n in zip(segments, padding, strict=True)]
-    )
+def _loss(config: NAMMConfig, params: Tensor, choices: Sequence[_Choice]) -> Tensor:
+    """Mean over the choices. Padding stands before the tokens: backward attention never sees it."""
+    features = [x for choice in choices for x in choice.features]
+    size = max(len(x) for x in features)
+    padded = torch.stack([F.pad(x, (0, 0, size - len(x), 0)) for x in features])
     if config.scorer == "bam":
         rows = reference.bam(padded, params)
     else:
@@ -199,12 +196,28 @@ def _loss(
             bias=config.mlp_bias,
             residual_first=config.mlp_residual_first,
         )
-    scores = torch.cat([row[n:] for row, n in zip(rows, padding, strict=True)])
-    target = torch.cat([segment.target for segment in segments]) / mean_target
-    return (target * F.softplus(-scores) + F.softplus(scores)).mean()
+    heads = iter(rows)
+    losses = []
+    for choice in choices:
+        target = torch.cat(choice.target)
+        scores = torch.cat([next(heads)[size - len(y) :] for y in choice.target])
+        # Not one score but those around it, so that the gradient has more than one token to move.
+        near = max(1, choice.budget // 8)
+        ranked = scores.sort(descending=True).values
+        threshold = ranked[max(0, choice.budget - near) : choice.budget + near].mean()
+        losses.append((target * F.softplus(threshold - scores)).sum() / target.sum())
+    return torch.stack(losses).mean()
 
 
 # Reading -----------------------------------------------------------------------------------------
+
+
+class _AtRandom(NAMM):
+    """Has the features of a NAMM and drops tokens at random."""
+
+    def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
+        _, state = super().update(ctx)
+        return Random(1).score(ctx), state
 
 
 @dataclass(frozen=True)
@@ -247,8 +260,8 @@ class _Recorder(Policy):
 
 def _read(
     model: Any, policy: NAMM, examples: Sequence[Example], answer_weight: float
-) -> list[_Segment]:
-    """Segments of a part of the updates; few rows at a time bound the memory."""
+) -> list[_Choice]:
+    """What there was to choose in a part of the updates; few rows at a time bound the memory."""
     length, n_up = len(examples[0].input_ids), policy.n_up
     rows = max(1, 4096 // length)
     parts = [examples[i : i + rows] for i in range(0, len(examples), rows)]
@@ -262,21 +275,42 @@ def _read(
             given = {cache_keyword(model.base_model): cache}
             model.base_model(ids, **given, use_cache=True)
             seen.append(recorder.seen)
-    segments: list[_Segment] = []
+    choices: list[_Choice] = []
     futures = _future_attention(model, parts, n_up, answer_weight)
     for some, future in zip(seen, futures, strict=True):
         for s in some:
-            if s.num_tokens >= length:
-                continue  # nobody asks after the end
-            wanted = future[s.layer, s.row, :, s.num_tokens // n_up]
-            for state, pos, later in zip(s.state, s.pos, wanted, strict=True):
-                features = reference.token_features(
-                    *(state, pos, policy.mean, policy.var),
-                    policy.config.feature_transform == "log",
-                    policy.config.log_eps,
+            if s.num_tokens < length:  # nobody asks after the end
+                wanted = future[s.layer, s.row, :, s.num_tokens // n_up]
+                choices += _choices(policy, s, wanted)
+    return choices
+
+
+def _choices(policy: NAMM, seen: _Seen, wanted: Tensor) -> Iterator[_Choice]:
+    """One per layer or one per head, as the budget is shared; none where all tokens may stay."""
+    config = policy.config
+    if config.cache_size is None:
+        raise ValueError("imitate: cache_size must be an int, got None")
+    share = config.layer_shares[seen.layer] if config.layer_shares else 1.0
+    budget = layer_cache_size(config.cache_size, share)
+    num_heads = len(seen.pos)
+    together = num_heads if config.budget == "per_layer" else 1
+    for first in range(0, num_heads, together):
+        heads = range(first, first + together)
+        choice = _Choice(
+            seen.layer,
+            tuple(
+                reference.token_features(
+                    *(seen.state[h], seen.pos[h], policy.mean, policy.var),
+                    config.feature_transform == "log",
+                    config.log_eps,
                 )
-                segments.append(_Segment(s.layer, features, later[pos.long()].clone()))
-    return segments
+                for h in heads
+            ),
+            tuple(wanted[h, seen.pos[h].long()].clone() for h in heads),
+            budget * together,
+        )
+        if choice.size > choice.budget:
+            yield choice
 
 
 def _future_attention(

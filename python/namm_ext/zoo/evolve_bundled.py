@@ -39,7 +39,7 @@ MEMORY = NAMMConfig(
     threshold=None,
     cache_size=256,
     budget="per_layer",
-    layer_shares=(0.5, 0.5, 0.5, 2.5),
+    layer_shares=(0.4, 0.4, 0.4, 2.8),
     sink_tokens=4,
 )
 EVOLUTION = EvolveConfig(
