@@ -44,7 +44,7 @@ MEMORY = NAMMConfig(
 )
 EVOLUTION = EvolveConfig(
     namm=MEMORY,
-    generations=60,
+    generations=30,
     popsize=16,
     sigma0=0.01,
     lengths=(1024, 2048),
