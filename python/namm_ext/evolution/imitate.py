@@ -1,10 +1,11 @@
 """A start for evolution: a scorer fitted, by gradient, to the attention that tokens will get.
 
 Evolution optimises what counts, but from zero it needs hundreds of generations to find a useful
-direction among 4,172. How much attention later queries pay to a cached token is a target that
-costs two forward passes, and the scorer is differentiable in its parameters. What is kept decides
-which features are seen, so after a first round of random evictions the memory reads under its own
-(Ross et al. 2011, arXiv:1011.0686); the targets are always those of the full cache.
+direction among 4,172. How much attention later queries pay to a cached token is known after two
+forward passes, and the scorer is differentiable in its parameters: so they are moved to where an
+eviction loses least of it. What is kept decides which features are seen, so after a first round of
+random evictions the memory reads under its own (Ross et al. 2011, arXiv:1011.0686); the attention
+that counts is always that of the full cache.
 """
 
 from __future__ import annotations
