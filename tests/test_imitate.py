@@ -174,5 +174,14 @@ def test_bad_settings(change: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
+def test_contexts_without_evictions_are_refused(model: Any, tokenizer: Any) -> None:
+    config = replace(CONFIG, keep_fraction=1.0, namm=CONFIG.namm.replace(layer_shares=None))
+    with pytest.raises(ValueError) as error:
+        imitate(model, tokenizer, config, IMITATION, *STATISTICS)
+    assert str(error.value) == (
+        "imitate: lengths must be long enough for evictions, got (96, 112) with keep_fraction 1.0"
+    )
+
+
 def test_the_configuration_survives_json() -> None:
     assert EvolveConfig.from_dict(CONFIG.to_dict()) == CONFIG

@@ -87,7 +87,8 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
             config = kwargs.get("generation_config")
             if not kwargs.get("use_cache", getattr(config, "use_cache", True) is not False):
                 raise ValueError("patch: use_cache must be True for a model with a memory")
-            kwargs.pop("past_key_values", None)
+            for name in ("cache", "past_key_values"):
+                kwargs.pop(name, None)
             memory.cache = kwargs[cache_keyword(model)] = NAMMCache(model, policy)
         elif isinstance(brought, NAMMCache):
             memory.cache = brought

@@ -114,6 +114,9 @@ def imitate(
 
     Returns:
         ``[num_params]`` float32: ``x0`` for :func:`evolve`.
+
+    Raises:
+        ValueError: if the contexts fit into the budget, so that nothing is ever evicted.
     """
     generator = torch.Generator().manual_seed(config.seed)
     params = _random_start(config.namm, generator).requires_grad_()
@@ -140,6 +143,11 @@ def imitate(
             )
             for choice in _read(model, reader, examples, imitation.answer_weight):
                 layers.setdefault(choice.layer, []).append(choice)
+        if not layers:
+            raise ValueError(
+                "imitate: lengths must be long enough for evictions, got "
+                f"{imitation.lengths} with keep_fraction {config.keep_fraction}"
+            )
         for choices in layers.values():
             choices.sort(key=lambda choice: choice.size)
         weights = {layer: shares[layer] if shares else 1.0 for layer in layers}
@@ -289,8 +297,7 @@ def _read(
 def _choices(policy: NAMM, seen: _Seen, wanted: Tensor) -> Iterator[_Choice]:
     """One per layer or one per head, as the budget is shared; none where all tokens may stay."""
     config = policy.config
-    if config.cache_size is None:
-        raise ValueError("imitate: cache_size must be an int, got None")
+    assert config.cache_size is not None  # `imitate` sets it
     share = config.layer_shares[seen.layer] if config.layer_shares else 1.0
     budget = layer_cache_size(config.cache_size, share)
     num_heads = len(seen.pos)
