@@ -85,6 +85,50 @@ def test_latest_record_wins(tokenizer):
     assert len(first) == 6
 
 
+@pytest.mark.parametrize(("family", "names"), [("assign", 4), ("latest", 2)])
+def test_records_in_use_among_idle_ones(family, names, tokenizer):
+    """Lines in use come `mentions` times per write and are asked for; idle ones never again."""
+    example = tasks.make_example(
+        *(family, tokenizer, "test"), length=700, num_records=4, seed=1, mentions=3, num_idle=7
+    )
+    ids = example.input_ids
+    assert len(example.answer_spans) == names
+    values = [tokenizer.decode(ids[a:b]) for a, b in example.value_spans]
+    assert len(values) == 4 * 3 + 7
+    context = tokenizer.decode(ids[: example.query_starts[0]])
+    for query, (start, stop) in enumerate(example.record_spans):
+        line = tokenizer.decode(ids[start:stop])
+        assert context.count(line) == 3
+        question = tasks.make_prompt(example, query).input_ids[example.query_starts[0] :]
+        assert line.startswith(tokenizer.decode(question))
+    counts = sorted((values.count(v) for v in set(values)), reverse=True)
+    assert counts[:4] == [3] * 4  # random values seldom agree; not with this seed
+    assert counts[4:] == [1] * 7
+
+
+def test_mixes_share_a_batch(tokenizer):
+    mixes = (tasks.RecordMix(2), tasks.RecordMix(1, mentions=2, idle_per_1024=16))
+    given = {"length": 256, "seed": 3}
+    batch = tasks.make_mixed_batch(
+        mixes, ("assign", "prose"), tokenizer, "test", batch_size=5, **given
+    )
+    assert [len(e.value_spans) for e in batch] == [2, 2, 2 + 4, 2 + 4, 2 + 4]
+    alone = mixes[0].make_batch(("assign", "prose"), tokenizer, "test", batch_size=2, **given)
+    assert batch[:2] == alone
+    assert len({e.input_ids for e in batch}) == 5
+
+
+@pytest.mark.parametrize(
+    "changed", [{"num_records": 0}, {"mentions": 0}, {"idle_per_1024": -1}], ids=str
+)
+def test_mix_errors_name_the_argument(changed):
+    ((name, value),) = changed.items()
+    least = 0 if name == "idle_per_1024" else 1
+    message = f"RecordMix: {name} must be at least {least}, got {value}"
+    with pytest.raises(ValueError, match=message):
+        tasks.RecordMix(**changed)
+
+
 def test_same_arguments_same_example(tokenizer):
     assert make("prose", tokenizer) == make("prose", zoo.load_tokenizer())
     assert make("prose", tokenizer) != make("prose", tokenizer, seed=tasks.TRAIN_SEED)
@@ -183,10 +227,13 @@ def test_family_sets_are_disjoint():
         ({"family": "riddle"}, "family must be one of"),
         ({"length": 40}, "length must be at least"),
         ({"num_records": 1, "family": "latest"}, "num_records must be in"),
+        ({"mentions": 0}, "mentions must be at least 1, got 0"),
+        ({"num_idle": -1}, r"num_idle must be in \[0, \d+\] with 4 'assign' records, got -1"),
+        ({"num_idle": 1000}, r"num_idle must be in"),
         ({"documents": "holdout"}, "split must be one of"),
         ({"documents": ()}, "documents must not be empty"),
     ],
-    ids=["family", "length", "num_records", "split", "documents"],
+    ids=["family", "length", "num_records", "mentions", "idle", "many idle", "split", "documents"],
 )
 def test_errors_name_the_argument(changed, message, tokenizer):
     arguments = {

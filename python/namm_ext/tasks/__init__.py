@@ -12,13 +12,17 @@ Example:
 """
 
 from .examples import (
+    IN_USE,
+    STATED_ONCE,
     TEST_SEED,
     TRAIN_SEED,
     VALIDATION_SEED,
     Example,
     Prompt,
+    RecordMix,
     make_batch,
     make_example,
+    make_mixed_batch,
     make_prompt,
 )
 from .families import (
@@ -42,6 +46,8 @@ __all__ = [
     "EVOLUTION_FAMILIES",
     "FAMILIES",
     "HELD_OUT_FAMILIES",
+    "IN_USE",
+    "STATED_ONCE",
     "TEST_SEED",
     "TRAIN_SEED",
     "UNSEEN_FAMILIES",
@@ -50,11 +56,13 @@ __all__ = [
     "Example",
     "Family",
     "Prompt",
+    "RecordMix",
     "Scores",
     "TokenScores",
     "bits_per_byte",
     "make_batch",
     "make_example",
+    "make_mixed_batch",
     "make_prompt",
     "score_examples",
     "score_tokens",

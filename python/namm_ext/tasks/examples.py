@@ -4,14 +4,18 @@ Layout of an example, always exactly ``length`` tokens::
 
     <bos> text  record  text  record  text ... text | query answer | query answer | ...
 
-Records stand between whole lines. Nothing in the context says which of them will be asked, so a
-memory that drops tokens while it reads has to keep what might matter.
+Records stand between whole lines. By default each is stated once and asked for, and nothing in the
+context says when, so a memory that drops tokens while it reads has to keep whatever might matter.
+With ``mentions`` and ``num_idle`` there are records **in use**, whose line comes again and again
+and is asked for in the end, among **idle** ones, which nobody ever refers to again: a memory that
+notices what is used can tell them apart.
 """
 
 from __future__ import annotations
 
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +75,8 @@ def make_example(
     length: int,
     num_records: int,
     seed: Seed,
+    mentions: int = 1,
+    num_idle: int = 0,
 ) -> Example:
     """One example of exactly ``length`` tokens, the same for the same arguments.
 
@@ -81,13 +87,16 @@ def make_example(
             (``"train"``, ``"validation"``, ``"test"``). They are tokenized when first needed and
             remembered as long as the tokenizer lives, so pass the same object again.
         length: tokens of the example.
-        num_records: lines with a record. Every name is asked once; in a family with two writes
-            per name there are half as many names.
+        num_records: records that are asked for. Every name is asked once; in a family with two
+            writes per name there are half as many names.
         seed: an integer or a tuple of integers.
+        mentions: lines that state each of these records, all alike.
+        num_idle: records of other names, stated once and never asked for.
 
     Raises:
-        ValueError: if the family is unknown, ``num_records`` is too small for it or ``length`` is
-            too small for the records and their queries.
+        ValueError: if the family is unknown, ``num_records`` is too small for it, ``mentions`` or
+            ``num_idle`` is out of range or ``length`` is too small for the records and their
+            queries.
     """
     task = family_named(family)
     if not task.writes <= num_records <= len(WORDS):
@@ -95,17 +104,26 @@ def make_example(
             f"num_records must be in [{task.writes}, {len(WORDS)}] for {family!r}, "
             f"got {num_records}"
         )
+    if mentions < 1:
+        raise ValueError(f"mentions must be at least 1, got {mentions}")
+    most_idle = len(WORDS) - num_records // task.writes
+    if not 0 <= num_idle <= most_idle:
+        raise ValueError(
+            f"num_idle must be in [0, {most_idle}] with {num_records} {family!r} records, "
+            f"got {num_idle}"
+        )
     reader = _reader(tokenizer, documents)
     key = (seed,) if isinstance(seed, int) else tuple(seed)
     rng = np.random.default_rng([*key, zlib.crc32(family.encode()), length, num_records])
-    records, queries, answered_by = _draw_lines(task, reader, num_records, rng)
+    lines = _draw_lines(task, reader, num_records, mentions, num_idle, rng)
+    records, queries, answered_by = lines
 
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     needed = len(ids) + sum(line.size for line in (*records, *queries))
     if needed > length:
         raise ValueError(
-            f"length must be at least {needed} for {num_records} {family!r} records and their "
-            f"queries, got {length}"
+            f"length must be at least {needed} for {len(records)} lines with {family!r} records "
+            f"and {len(queries)} queries, got {length}"
         )
     text, line_starts = reader.draw_window(length - needed, rng)
     record_spans, value_spans = _insert(records, text, line_starts, ids, rng)
@@ -133,6 +151,8 @@ def make_batch(
     num_records: int,
     seed: Seed,
     batch_size: int,
+    mentions: int = 1,
+    num_idle: int = 0,
 ) -> list[Example]:
     """``batch_size`` examples of equal length; the families take turns.
 
@@ -148,6 +168,8 @@ def make_batch(
             length=length,
             num_records=num_records,
             seed=(*key, i),
+            mentions=mentions,
+            num_idle=num_idle,
         )
         for i in range(batch_size)
     ]
@@ -166,6 +188,92 @@ def make_prompt(example: Example, query: int = 0) -> Prompt:
     start, stop = example.answer_spans[query]
     question = example.input_ids[example.query_starts[query] : start]
     return Prompt(context + question, example.input_ids[start:stop])
+
+
+@dataclass(frozen=True)
+class RecordMix:
+    """What is hidden in contexts of any length.
+
+    Attributes:
+        num_records: records that are asked for.
+        mentions: lines that state each of them.
+        idle_per_1024: idle records per 1,024 tokens of the context.
+
+    Example:
+        >>> RecordMix(num_records=8, mentions=3, idle_per_1024=32).num_idle(2048)
+        64
+    """
+
+    num_records: int = 4
+    mentions: int = 1
+    idle_per_1024: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_records": 1, "mentions": 1, "idle_per_1024": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"RecordMix: {name} must be at least {least}, got {getattr(self, name)}"
+                )
+
+    def num_idle(self, length: int) -> int:
+        """Idle records in a context of ``length`` tokens."""
+        return length * self.idle_per_1024 // 1024
+
+    def make_batch(
+        self,
+        families: Sequence[str],
+        tokenizer: Any,
+        documents: Sequence[str] | str,
+        *,
+        length: int,
+        seed: Seed,
+        batch_size: int,
+    ) -> list[Example]:
+        """:func:`make_batch` with this in every context."""
+        return make_batch(
+            families,
+            tokenizer,
+            documents,
+            length=length,
+            num_records=self.num_records,
+            seed=seed,
+            batch_size=batch_size,
+            mentions=self.mentions,
+            num_idle=self.num_idle(length),
+        )
+
+
+def make_mixed_batch(
+    mixes: Sequence[RecordMix],
+    families: Sequence[str],
+    tokenizer: Any,
+    documents: Sequence[str] | str,
+    *,
+    length: int,
+    seed: Seed,
+    batch_size: int,
+) -> list[Example]:
+    """``batch_size`` examples of equal length, in equal parts of each mix."""
+    key = (seed,) if isinstance(seed, int) else tuple(seed)
+    return [
+        example
+        for i, mix in enumerate(mixes)
+        for example in mix.make_batch(
+            families,
+            tokenizer,
+            documents,
+            length=length,
+            seed=(*key, i) if i else key,
+            batch_size=(batch_size + i) // len(mixes),
+        )
+    ]
+
+
+STATED_ONCE = RecordMix(num_records=4)
+"""Nothing tells which record matters."""
+
+IN_USE = RecordMix(num_records=8, mentions=3, idle_per_1024=32)
+"""Records that come again and again, among four or more times as many that never do."""
 
 
 @dataclass(frozen=True)
@@ -189,12 +297,19 @@ class _Line:
 
 
 def _draw_lines(
-    task: Family, reader: _Reader, num_records: int, rng: np.random.Generator
+    task: Family,
+    reader: _Reader,
+    num_records: int,
+    mentions: int,
+    num_idle: int,
+    rng: np.random.Generator,
 ) -> tuple[list[_Line], list[_Line], list[int]]:
     """Records in the order of their places, one query per name in the order of asking, and the
-    index of the record that answers each query: the last one of its name.
+    index of the line that answers each query: the last one of its name.
     """
-    names = rng.choice(WORDS, size=num_records // task.writes, replace=False)
+    num_asked = num_records // task.writes
+    names = rng.choice(WORDS, size=num_asked + num_idle, replace=False)
+    asked, idle = names[:num_asked], names[num_asked:]
 
     def line(template: str, name: str, value: str, end: str) -> _Line:
         before = reader.encode(template.replace("{name}", name))
@@ -202,11 +317,14 @@ def _draw_lines(
 
     records: list[_Line] = []
     last: dict[str, tuple[int, str]] = {}
-    for name in rng.permutation(np.repeat(names, task.writes)):
-        value = task.draw_value(rng)
+    stated: Counter[str] = Counter()
+    for name in rng.permutation(np.append(np.repeat(asked, task.writes * mentions), idle)):
+        fresh = stated[name] % mentions == 0
+        value = task.draw_value(rng) if fresh else last[name][1]
+        stated[name] += 1
         last[name] = (len(records), value)
         records.append(line(task.record, name, value, task.record_end))
-    asked = rng.permutation(names)
+    asked = rng.permutation(asked)
     queries = [line(task.query, name, last[name][1], task.query_end) for name in asked]
     return records, queries, [last[name][0] for name in asked]
 
