@@ -37,7 +37,7 @@ CONFIG = EvolveConfig(
     sigma0=0.3,
     lengths=(96, 112),
     num_examples=2,
-    num_records=2,
+    mixes=(tasks.RecordMix(2), tasks.RecordMix(1, mentions=2)),
     validate_every=2,
     validation_lengths=(128,),
     num_validation=2,

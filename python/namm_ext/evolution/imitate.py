@@ -2,10 +2,10 @@
 
 Evolution optimises what counts, but from zero it needs hundreds of generations to find a useful
 direction among 4,172. How much attention later queries pay to a cached token is known after two
-forward passes, and the scorer is differentiable in its parameters: so they are moved to where an
-eviction loses least of it. What is kept decides which features are seen, so after a first round of
-random evictions the memory reads under its own (Ross et al. 2011, arXiv:1011.0686); the attention
-that counts is always that of the full cache.
+forward passes, and the scorer is differentiable in its parameters: so it is taught to predict it.
+What is kept decides which features are seen, so the memory always reads under its own evictions, in
+the first round those of random weights (Ross et al. 2011, arXiv:1011.0686); the attention that
+counts is always that of the full cache.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..baselines import Random
 from ..cache import NAMMCache, cache_keyword
 from ..config import NAMMConfig, layer_cache_size
 from ..patching import patch
 from ..policy import NAMM, Policy, UpdateContext
-from ..tasks import TRAIN_SEED, Example, make_batch
+from ..tasks import TRAIN_SEED, Example, make_mixed_batch
 from ..zoo import load_documents
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ class ImitateConfig:
     """How the start is fitted; memory, task families and seed are those of the `EvolveConfig`.
 
     Attributes:
-        rounds: how often the memory reads. In the first it evicts at random, then as the round
-            before taught it; what was read before stays among the examples.
+        rounds: how often the memory reads, evicting as the round before taught it; what was read
+            before stays among the examples.
         steps: gradient steps per round.
         lengths: tokens of the contexts.
         num_tokens: tokens read per round and length.
@@ -47,6 +46,7 @@ class ImitateConfig:
         learning_rate: of Adam at the start; it decays to zero (cosine).
         answer_weight: what attention from where an answer is predicted counts, relative to
             attention from anywhere else.
+        layer_weights: what each layer counts in the loss; None: its share of the budget.
     """
 
     rounds: int = 4
@@ -56,6 +56,7 @@ class ImitateConfig:
     batch_size: int = 8
     learning_rate: float = 5e-3
     answer_weight: float = 50.0
+    layer_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps", "num_tokens", "batch_size"):
@@ -70,6 +71,13 @@ class ImitateConfig:
                 )
         if not self.lengths:
             raise ValueError(f"ImitateConfig: lengths must not be empty, got {self.lengths}")
+        if self.layer_weights is not None and not all(
+            0 <= w < math.inf for w in self.layer_weights
+        ):
+            raise ValueError(
+                "ImitateConfig: layer_weights must not be negative, one per layer, "
+                f"got {self.layer_weights}"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,6 @@ class _Choice:
     layer: int
     features: tuple[Tensor, ...]  # per head [K, 25], the scorer's input
     target: tuple[Tensor, ...]  # per head [K], future attention
-    budget: int  # how many may stay
 
     @property
     def size(self) -> int:
@@ -98,15 +105,14 @@ def imitate(
 ) -> Tensor:
     """Fit the scorer of ``config.namm`` to keep the tokens that later queries attend to.
 
-    The loss of an eviction is the mean of ``softplus(threshold - score)`` over the tokens that
-    compete, weighted with the attention each will get; the threshold is the score at which the
-    budget is full. So only attention that is lost, or nearly, counts. Layers count as much as
-    their share of the budget.
+    With y the attention a token will get, relative to the mean of those it competes with, its loss
+    is ``y softplus(-score) + softplus(score)``: least at score = log y. So a score predicts the
+    logarithm of future attention, whatever the budget and whatever was evicted before.
 
     Args:
         model: a causal language model of transformers with the "eager" attention.
         tokenizer: of that model.
-        config: memory, families, number of records, budget and seed.
+        config: memory, families and records of the contexts, budget and seed.
         imitation: how to fit.
         mean, var: ``[17]`` statistics of the features (:func:`calibrate_statistics`).
         on_step: called with ``round``, ``step`` and mean ``loss``, at step 0 of every round and
@@ -116,12 +122,18 @@ def imitate(
         ``[num_params]`` float32: ``x0`` for :func:`evolve`.
 
     Raises:
-        ValueError: if the contexts fit into the budget, so that nothing is ever evicted.
+        ValueError: if the contexts fit into the budget, so that nothing is ever evicted, or
+            ``layer_weights`` are not one per layer.
     """
+    num_layers = model.config.num_hidden_layers
+    counts = imitation.layer_weights or config.namm.layer_shares or (1.0,) * num_layers
+    if len(counts) != num_layers:
+        raise ValueError(
+            f"imitate: layer_weights must have {num_layers} entries, one per layer, got {counts}"
+        )
     generator = torch.Generator().manual_seed(config.seed)
     params = _random_start(config.namm, generator).requires_grad_()
-    shares = config.namm.layer_shares
-    policy: NAMM = _AtRandom(config.namm, params.detach(), mean, var)
+    policy = NAMM(config.namm, params.detach().clone(), mean, var)
     optimiser = torch.optim.Adam([params], lr=imitation.learning_rate)
     total_steps = imitation.rounds * imitation.steps
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total_steps)
@@ -132,12 +144,12 @@ def imitate(
         for number, length in enumerate(imitation.lengths):
             reader = copy.copy(policy)
             reader.config = config.namm.replace(cache_size=config.cache_size(length))
-            examples = make_batch(
+            examples = make_mixed_batch(
+                config.mixes,
                 config.families,
                 tokenizer,
                 load_documents("train"),
                 length=length,
-                num_records=config.num_records,
                 seed=(TRAIN_SEED, config.seed, 1, round_, number),
                 batch_size=max(1, imitation.num_tokens // length),
             )
@@ -150,14 +162,13 @@ def imitate(
             )
         for choices in layers.values():
             choices.sort(key=lambda choice: choice.size)
-        weights = {layer: shares[layer] if shares else 1.0 for layer in layers}
         total = 0.0
         for step in range(1, imitation.steps + 1):
             loss = torch.zeros(())
             place = float(torch.rand((), generator=generator))
             for layer, choices in layers.items():
                 some = _draw(choices, place, imitation.batch_size, generator)
-                loss = loss + weights[layer] * _loss(config.namm, params, some)
+                loss = loss + counts[layer] * _loss(config.namm, params, some)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -210,23 +221,12 @@ def _loss(config: NAMMConfig, params: Tensor, choices: Sequence[_Choice]) -> Ten
     for choice in choices:
         target = torch.cat(choice.target)
         scores = torch.cat([next(heads)[size - len(y) :] for y in choice.target])
-        # Not one score but those around it, so that the gradient has more than one token to move.
-        near = max(1, choice.budget // 8)
-        ranked = scores.sort(descending=True).values
-        threshold = ranked[max(0, choice.budget - near) : choice.budget + near].mean()
-        losses.append((target * F.softplus(threshold - scores)).sum() / target.sum())
+        relative = target / target.mean()
+        losses.append((relative * F.softplus(-scores) + F.softplus(scores)).mean())
     return torch.stack(losses).mean()
 
 
 # Reading -----------------------------------------------------------------------------------------
-
-
-class _AtRandom(NAMM):
-    """Has the features of a NAMM and drops tokens at random."""
-
-    def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        _, state = super().update(ctx)
-        return Random(1).score(ctx), state
 
 
 @dataclass(frozen=True)
@@ -315,9 +315,8 @@ def _choices(policy: NAMM, seen: _Seen, wanted: Tensor) -> Iterator[_Choice]:
                 for h in heads
             ),
             tuple(wanted[h, seen.pos[h].long()].clone() for h in heads),
-            budget * together,
         )
-        if choice.size > choice.budget:
+        if choice.size > budget * together:
             yield choice
 
 

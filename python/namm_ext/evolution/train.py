@@ -21,7 +21,15 @@ from torch import Tensor
 from ..config import NAMMConfig
 from ..patching import patch
 from ..policy import NAMM, StatisticsCalibrator
-from ..tasks import EVOLUTION_FAMILIES, TRAIN_SEED, VALIDATION_SEED, Example, make_batch
+from ..tasks import (
+    EVOLUTION_FAMILIES,
+    STATED_ONCE,
+    TRAIN_SEED,
+    VALIDATION_SEED,
+    Example,
+    RecordMix,
+    make_mixed_batch,
+)
 from ..zoo import load_documents
 from .evaluate import evaluate_policy, evaluate_population
 from .imitate import ImitateConfig, imitate
@@ -42,7 +50,7 @@ class EvolveConfig:
         seed: of the search and of the training batches.
         lengths: context lengths in tokens; generation g uses ``lengths[g % len(lengths)]``.
         num_examples: examples per generation, the same ones for all candidates.
-        num_records: records hidden in one example.
+        mixes: records hidden in one example; the examples of a batch take equal parts of each.
         families: task families of the training and validation examples.
         keep_fraction: budget of a context = this share of its tokens per head.
         text_weight: weight of the text log-likelihood beside the answers' in the fitness.
@@ -71,7 +79,7 @@ class EvolveConfig:
     seed: int = 0
     lengths: tuple[int, ...] = (256, 512, 1024)
     num_examples: int = 8
-    num_records: int = 4
+    mixes: tuple[RecordMix, ...] = (STATED_ONCE,)
     families: tuple[str, ...] = EVOLUTION_FAMILIES
     keep_fraction: float = 0.25
     text_weight: float = 4.0
@@ -82,7 +90,7 @@ class EvolveConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            *("generations", "popsize", "num_examples", "num_records"),
+            *("generations", "popsize", "num_examples"),
             *("validate_every", "num_validation"),
         ):
             least = 2 if name == "popsize" else 1
@@ -90,6 +98,12 @@ class EvolveConfig:
                 raise ValueError(
                     f"EvolveConfig: {name} must be at least {least}, got {getattr(self, name)}"
                 )
+        most = min(self.num_examples, self.num_validation)
+        if not 1 <= len(self.mixes) <= most:
+            raise ValueError(
+                f"EvolveConfig: mixes must have 1 to {most} entries, one example of each in every "
+                f"batch, got {len(self.mixes)}"
+            )
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(
                 f"EvolveConfig: keep_fraction must be in (0, 1], got {self.keep_fraction}"
@@ -117,6 +131,8 @@ class EvolveConfig:
             ValueError: for a value out of range.
         """
         values = _tuples(values)
+        if "mixes" in values:
+            values["mixes"] = tuple(RecordMix(**mix) for mix in values["mixes"])
         if values.get("imitation") is not None:
             values["imitation"] = ImitateConfig(**_tuples(values["imitation"]))
         return cls(**{**values, "namm": NAMMConfig.from_dict(values["namm"])})
@@ -183,12 +199,12 @@ def _batch(
     length: int,
     size: int,
 ) -> list[Example]:
-    return make_batch(
+    return make_mixed_batch(
+        config.mixes,
         config.families,
         tokenizer,
         load_documents(split),
         length=length,
-        num_records=config.num_records,
         seed=seed,
         batch_size=size,
     )
