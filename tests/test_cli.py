@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("cma")
 
-from namm_ext import NAMM, NAMMConfig, baselines, cli, compare, demo, tables, zoo
+from namm_ext import NAMM, NAMMConfig, baselines, cli, compare, demo, tables, tasks, zoo
 from namm_ext.commands import app
 from typer.testing import CliRunner
 
@@ -23,7 +23,7 @@ TINY = demo.DemoConfig(
     lengths=(256,),
     examples_per_family=(1,),
     num_windows=(1,),
-    num_records=2,
+    mix=tasks.RecordMix(2, mentions=2, idle_per_1024=4),
     new_tokens=4,
     repeats=1,
     evolve_seconds=0.0,
@@ -131,6 +131,11 @@ def test_wrong_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ),
         (["--split", "train"], "split must be 'test' or 'validation', got 'train'"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (
+            ["--layer-share", "2"],
+            "NAMMConfig: layer_shares must be positive numbers with mean 1, one per layer, "
+            "got (2.0,)",
+        ),
         (["--keep", "1.5"], "keep_fraction must be in (0, 1], got 1.5"),
     ],
 )
@@ -210,15 +215,25 @@ def test_compare(tmp_path: Path, policy_dir: Path) -> None:
     arguments = ["--policy", str(policy_dir), "--policy", str(policy_dir), "--baseline", "KeyDiff"]
     sizes = ["--length", "192", "--length", "256", "--examples", "1", "--windows", "1"]
     rest = ["--family", "assign", "--repeats", "0", "--keep", "0.5", "--json", str(file)]
+    rest += ["--records", "2", "--mentions", "2", "--idle", "4"]
+    for share in ("1.1", "0.9", "0.8", "1.2"):
+        rest += ["--layer-share", share]
     result = CliRunner().invoke(app, ["compare", *arguments, *sizes, *rest])
     assert result.exit_code == 0, result.output
+    assert "2 records per context, each stated 2 times, among 4 per 1,024" in result.output
     values = json.loads(file.read_text())
+    mix = {"num_records": 2, "mentions": 2, "idle_per_1024": 4}
+    assert values["settings"]["mix"] == mix
+    for row in values["rows"]:
+        if row["method"] != compare.FULL:
+            assert row["settings"]["layer_shares"] == [1.1, 0.9, 0.8, 1.2]
     names = [compare.FULL, "NAMM 1", "NAMM 2", "KeyDiff"]
     assert [(row["length"], row["method"]) for row in values["rows"]] == [
         (length, name) for length in (192, 256) for name in names
     ]
     assert all(row["cost"] is None for row in values["rows"])
-    assert [row["kept"] for row in values["rows"]] == [1, 0.5, 0.5, 0.5] * 2
+    kept = [row["kept"] for row in values["rows"]]
+    assert kept == pytest.approx([1, 0.5, 0.5, 0.5] * 2, abs=0.005)  # shares are rounded down
 
 
 def test_evolve_and_resume(tmp_path: Path) -> None:
@@ -258,7 +273,7 @@ def test_tuning_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
         compare, "evaluate_policy", lambda _, policy, __: Result(*values[policy.sink_tokens])
     )
     workload = compare.Workload.make(
-        zoo.load_tokenizer(), "validation", length=256, examples_per_family=1, num_records=2
+        zoo.load_tokenizer(), "validation", length=768, examples_per_family=1
     )
     found = compare.tune_baselines(zoo.load_model(), workload.examples)
     assert found == {"StreamingLLM": {"sink_tokens": 16}}
@@ -266,7 +281,8 @@ def test_tuning_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_workload_is_fixed_and_held_out() -> None:
     tokenizer = zoo.load_tokenizer()
-    sizes = {"length": 256, "examples_per_family": 1, "num_records": 2, "num_windows": 2}
+    mix = tasks.RecordMix(2, idle_per_1024=8)
+    sizes = {"length": 256, "examples_per_family": 1, "mix": mix, "num_windows": 2}
     test = compare.Workload.make(tokenizer, "test", **sizes)
     again = compare.Workload.make(tokenizer, "test", **sizes)
     validation = compare.Workload.make(tokenizer, "validation", **sizes)

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from . import __version__
 from .config import NAMMConfig
+from .tasks import IN_USE, RecordMix
 
 if TYPE_CHECKING:
     from .policy import NAMM
@@ -164,10 +165,21 @@ def compare(
         list[str] | None, typer.Option(help="A task family; may be repeated.", show_default="all")
     ] = None,
     examples: Annotated[int, typer.Option(help="Contexts per family.", min=1)] = 6,
-    records: Annotated[int, typer.Option(help="Records hidden in a context.", min=1)] = 4,
+    records: Annotated[int, typer.Option(help="Records asked for.", min=1)] = IN_USE.num_records,
+    mentions: Annotated[int, typer.Option(help="Lines with each.", min=1)] = IN_USE.mentions,
+    idle: Annotated[
+        int, typer.Option(help="Records never asked for, per 1,024 tokens.", min=0)
+    ] = IN_USE.idle_per_1024,
     windows: Annotated[int, typer.Option(help="Windows of source code.", min=1)] = 8,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     keep: Keep = 0.25,
+    layer_share: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Part of the budget that a layer gets, mean 1; once per layer, for all memories.",
+            show_default="the memory's",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Rounds of timing; 0 for none.", min=0)] = 3,
     tune: Annotated[
         bool, typer.Option("--tune", help="Tune the baselines on validation data, print that.")
@@ -182,8 +194,12 @@ def compare(
     from .demo import DemoConfig, machine, run_comparison
     from .tables import comparison_table, legend
 
+    mix = RecordMix(records, mentions, idle)
     console = _console()
     memories = [_load_policy(name) for name in policy] if policy else [_load_policy(None)]
+    if layer_share:
+        shares = tuple(layer_share)
+        memories = [(m.with_config(layer_shares=shares), name) for m, name in memories]
     if tune:
         _tune(
             loaded,
@@ -192,7 +208,7 @@ def compare(
             keep,
             (length or [1024])[0],
             examples,
-            records,
+            mix,
             console,
         )
         return
@@ -214,7 +230,7 @@ def compare(
             length=tokens,
             families=family or side_by_side.FAMILIES,
             examples_per_family=examples,
-            num_records=records,
+            mix=mix,
             num_windows=windows,
         )
         for tokens in length or [1024]
@@ -227,7 +243,7 @@ def compare(
         if any(row.exact_match for row in rows):
             console.print(comparison_table(rows, keep, console.width))
             console.print()
-            console.print(legend(memories[0][0].config.n_up))
+            console.print(legend(memories[0][0].config.n_up, mix))
     if json_file is not None:
         values = {
             "namm_ext": __version__,
@@ -237,7 +253,7 @@ def compare(
                 "split": split,
                 "keep_fraction": keep,
                 "examples_per_family": examples,
-                "num_records": records,
+                "mix": asdict(mix),
                 "num_windows": windows,
             },
             "rows": [row.to_dict() for row in rows],
@@ -253,7 +269,7 @@ def _tune(
     keep: float,
     length: int,
     examples: int,
-    records: int,
+    mix: RecordMix,
     console: Console,
 ) -> None:
     from .compare import Workload, tune_baselines
@@ -265,7 +281,7 @@ def _tune(
         length=length,
         families=EVOLUTION_FAMILIES,
         examples_per_family=examples,
-        num_records=records,
+        mix=mix,
         num_windows=1,
     )
     found = tune_baselines(

@@ -32,17 +32,17 @@ FULL = "full cache"
 FAMILIES = (*tasks.EVOLUTION_FAMILIES, *tasks.HELD_OUT_FAMILIES, *tasks.UNSEEN_FAMILIES)
 
 # What each rule is given besides its budget, found on validation data with
-#     namm compare --tune --examples 3
-# `tune_baselines` says what is tried. Every one of them did better with the budget divided among
-# the layers as the memory divides it, so that is what `baseline_method` gives them.
+#     namm compare --tune --examples 5
+# `tune_baselines` says what is tried. Where the memory divides its budget unequally among the
+# layers, `baseline_method` gives the baselines the same division.
 TUNED: dict[str, dict[str, Any]] = {
     "StreamingLLM": {"sink_tokens": 16},
-    "H2O": {"budget": "per_head", "recent_fraction": 0.75, "sink_tokens": 4},
-    "SnapKV": {"budget": "per_head", "window": 64, "kernel_size": 9},
-    "TOVA": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.0},
-    "KNorm": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.5},
-    "KeyDiff": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.5},
-    "Random": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.5},
+    "H2O": {"budget": "per_head", "recent_fraction": 0.75, "sink_tokens": 0},
+    "SnapKV": {"budget": "per_layer", "window": 64, "kernel_size": 33},
+    "TOVA": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.75},
+    "KNorm": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.75},
+    "KeyDiff": {"budget": "per_layer", "sink_tokens": 0, "recent_fraction": 0.5},
+    "Random": {"budget": "per_head", "sink_tokens": 0, "recent_fraction": 0.75},
 }
 
 
@@ -156,7 +156,7 @@ class Workload:
         length: int,
         families: Sequence[str] = FAMILIES,
         examples_per_family: int = 6,
-        num_records: int = 4,
+        mix: tasks.RecordMix = tasks.IN_USE,
         num_windows: int = 8,
     ) -> Workload:
         """Draw a workload with the fixed seed of ``split`` ("test" or "validation").
@@ -170,12 +170,11 @@ class Workload:
         from .zoo import load_documents
 
         documents = load_documents(split)
-        examples = tasks.make_batch(
+        examples = mix.make_batch(
             families,
             tokenizer,
             documents,
             length=length,
-            num_records=num_records,
             seed=seeds[split],
             batch_size=examples_per_family * len(families),
         )
@@ -448,12 +447,12 @@ def num_steps(methods: Sequence[Method], workloads: Sequence[Workload], repeats:
 # Tuning the baselines ----------------------------------------------------------------------------
 
 _SHARING = ("per_head", "per_layer")
-_FLOORS = {"sink_tokens": (0, 4), "recent_fraction": (0.0, 0.25, 0.5)}
+_FLOORS = {"sink_tokens": (0, 4), "recent_fraction": (0.0, 0.25, 0.5, 0.75)}
 
 TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
     "StreamingLLM": {"sink_tokens": (1, 4, 16)},  # both ways of sharing are the same rule
-    "H2O": {"budget": _SHARING, "recent_fraction": (0.25, 0.5, 0.75), "sink_tokens": (0, 4)},
-    "SnapKV": {"budget": _SHARING, "window": (16, 32, 64), "kernel_size": (1, 5, 9)},
+    "H2O": {"budget": _SHARING, "recent_fraction": (0.25, 0.5, 0.75, 0.9), "sink_tokens": (0, 4)},
+    "SnapKV": {"budget": _SHARING, "window": (16, 32, 64), "kernel_size": (1, 5, 9, 17, 33)},
     "TOVA": {"budget": _SHARING, **_FLOORS},
     "KNorm": {"budget": _SHARING, **_FLOORS},
     "KeyDiff": {"budget": _SHARING, **_FLOORS},

@@ -39,7 +39,14 @@ from .evolution import (
 )
 from .policy import NAMM, Policy
 from .tables import chart, comparison_table, legend, verdict
-from .tasks import HELD_OUT_FAMILIES, TEST_SEED, UNSEEN_FAMILIES, VALIDATION_SEED
+from .tasks import (
+    HELD_OUT_FAMILIES,
+    IN_USE,
+    TEST_SEED,
+    UNSEEN_FAMILIES,
+    VALIDATION_SEED,
+    RecordMix,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class DemoConfig:
         lengths: tokens of the contexts, one part of the table each.
         examples_per_family: contexts per family, by length.
         num_windows: windows of source code, by length.
-        num_records: records hidden in a context.
+        mix: records hidden in a context.
         keep_fraction: budget per head as a share of the context.
         new_tokens: generated tokens when time is measured.
         repeats: rounds of timing.
@@ -65,7 +72,7 @@ class DemoConfig:
     lengths: tuple[int, ...] = (1024, 2048)
     examples_per_family: tuple[int, ...] = (6, 3)
     num_windows: tuple[int, ...] = (8, 4)
-    num_records: int = 4
+    mix: RecordMix = IN_USE
     keep_fraction: float = 0.25
     new_tokens: int = 64
     repeats: int = 3
@@ -162,7 +169,7 @@ def _read_held_out(
             "test",
             length=length,
             examples_per_family=examples,
-            num_records=config.num_records,
+            mix=config.mix,
             num_windows=windows,
         )
         for length, examples, windows in zip(
@@ -172,7 +179,7 @@ def _read_held_out(
     run_comparison(model, methods, workloads, config, console, rows)
     console.print(comparison_table(rows, config.keep_fraction, console.width))
     console.print()
-    console.print(legend(policy.config.n_up))
+    console.print(legend(policy.config.n_up, config.mix))
     console.print()
     console.print(verdict(rows))
 
@@ -240,7 +247,6 @@ class _Live:
             sigma0=0.3,
             lengths=(config.evolve_length,),
             num_examples=config.num_examples,
-            num_records=config.num_records,
             keep_fraction=config.keep_fraction,
             text_weight=1.0,
             validate_every=2,

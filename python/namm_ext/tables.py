@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import FULL, Row
-from .tasks import HELD_OUT_FAMILIES, UNSEEN_FAMILIES
+from .tasks import HELD_OUT_FAMILIES, UNSEEN_FAMILIES, RecordMix
 
 WIDTH = 96
 """Characters a table needs to show every family; narrower ones show groups of families."""
@@ -125,10 +125,14 @@ _MEASURES = [
 ]
 
 
-def legend(n_up: int) -> Text:
-    """What the columns mean, for memories that update every ``n_up`` tokens."""
+def legend(n_up: int, mix: RecordMix) -> Text:
+    """What was asked and what the columns mean, for memories that update every ``n_up`` tokens."""
     text = Text(style="dim")
-    text.append("Exact match in %; ")
+    text.append(f"Asked at the end: {mix.num_records} records per context, ")
+    text.append("stated once" if mix.mentions == 1 else f"each stated {mix.mentions} times")
+    if mix.idle_per_1024:
+        text.append(f", among {mix.idle_per_1024} per 1,024 tokens that nobody refers to again")
+    text.append(". Exact match in %; ")
     text.append(", ".join(HELD_OUT_FAMILIES), style="yellow")
     text.append(": no memory was evolved on them; ")
     text.append(", ".join(UNSEEN_FAMILIES), style="magenta")
