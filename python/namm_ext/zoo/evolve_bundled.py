@@ -26,12 +26,12 @@ from ..evolution import (
     evolve,
     validation_batches,
 )
+from ..tasks import IN_USE, STATED_ONCE
 
 POLICY_NAME = "stdlib-1m"
 
-# The bundled model recalls in its last layer, where its induction heads are, so that layer gets
-# most of the budget. Spectral features are averaged over thousands of tokens instead of hundreds:
-# records are read long before anybody asks for them.
+# Spectral features are averaged over thousands of tokens instead of hundreds: records are read long
+# before anybody asks for them.
 MEMORY = NAMMConfig(
     n_up=64,
     ema_coeff=0.9995,
@@ -39,21 +39,22 @@ MEMORY = NAMMConfig(
     threshold=None,
     cache_size=256,
     budget="per_layer",
-    layer_shares=(0.4, 0.4, 0.4, 2.8),
     sink_tokens=4,
 )
 EVOLUTION = EvolveConfig(
     namm=MEMORY,
-    generations=30,
+    generations=60,
     popsize=16,
     sigma0=0.01,
     lengths=(1024, 2048),
-    num_examples=8,
+    num_examples=16,
+    mixes=(IN_USE, STATED_ONCE),
     text_weight=1.0,
-    validate_every=10,
+    validate_every=5,
     validation_lengths=(1024, 2048),
     num_validation=32,
-    imitation=ImitateConfig(),
+    # The model recalls in its last layer, where its induction heads are.
+    imitation=ImitateConfig(rounds=6, steps=300, layer_weights=(1.0, 1.0, 1.0, 3.0)),
 )
 
 
