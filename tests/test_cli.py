@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("cma")
 
-from namm_ext import NAMM, NAMMConfig, baselines, cli, compare, demo, tables, tasks, zoo
+from namm_ext import NAMM, NAMMConfig, baselines, cli, compare, demo, evolution, tables, tasks, zoo
 from namm_ext.commands import app
 from typer.testing import CliRunner
 
@@ -234,6 +234,23 @@ def test_compare(tmp_path: Path, policy_dir: Path) -> None:
     assert all(row["cost"] is None for row in values["rows"])
     kept = [row["kept"] for row in values["rows"]]
     assert kept == pytest.approx([1, 0.5, 0.5, 0.5] * 2, abs=0.005)  # shares are rounded down
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_evolve_on_records_in_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_use: bool
+) -> None:
+    configs: list[evolution.EvolveConfig] = []
+
+    def stop(_: object, __: object, config: evolution.EvolveConfig, *___: object, **____: object):
+        configs.append(config)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(evolution, "evolve", stop)
+    arguments = ["evolve", str(tmp_path), "--length", "1024", *["--in-use"] * in_use]
+    assert run(monkeypatch, *arguments) == "namm: seen enough"
+    once = (tasks.STATED_ONCE,)
+    assert configs[0].mixes == ((tasks.IN_USE, *once) if in_use else once)
 
 
 def test_evolve_and_resume(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from . import __version__
 from .config import NAMMConfig
-from .tasks import IN_USE, RecordMix
+from .tasks import IN_USE, STATED_ONCE, RecordMix
 
 if TYPE_CHECKING:
     from .policy import NAMM
@@ -316,6 +316,13 @@ def evolve_command(
     imitate: Annotated[
         bool, typer.Option(help="Start from a fit, by gradient, to the attention tokens will get.")
     ] = True,
+    in_use: Annotated[
+        bool,
+        typer.Option(
+            "--in-use",
+            help="In half of the contexts, records in use among idle ones; from 1,024 tokens on.",
+        ),
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Evolve a memory for a model. Ctrl-C stops after the generation, the same command resumes."""
@@ -339,6 +346,7 @@ def evolve_command(
         lengths=lengths,
         keep_fraction=keep,
         validation_lengths=(longest,),
+        mixes=(IN_USE, STATED_ONCE) if in_use else (STATED_ONCE,),
         imitation=ImitateConfig(lengths=lengths) if imitate else None,
     )
     loaded, tokenizer, _ = _load_model(model)
