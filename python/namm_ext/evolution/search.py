@@ -10,6 +10,7 @@ checkpoint is just those numbers, and `replay` rebuilds the state by asking and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +42,9 @@ class DiagonalCMA:
 
     def __init__(self, x0: Array, sigma0: float, popsize: int, seed: int) -> None:
         try:
-            import cma
+            with warnings.catch_warnings():  # that it cannot plot: nobody asks it to
+                warnings.simplefilter("ignore", UserWarning)
+                import cma
         except ImportError as error:
             raise ImportError("evolution needs pycma: pip install 'namm_ext[evolve]'") from error
         rng = np.random.default_rng(seed)
