@@ -216,7 +216,7 @@ def test_compare(tmp_path: Path, policy_dir: Path) -> None:
     sizes = ["--length", "192", "--length", "256", "--examples", "1", "--windows", "1"]
     rest = ["--family", "assign", "--repeats", "0", "--keep", "0.5", "--json", str(file)]
     rest += ["--records", "2", "--mentions", "2", "--idle", "4"]
-    for share in ("1.1", "0.9", "0.8", "1.2"):
+    for share in ("1.25", "0.75", "0.5", "1.5"):
         rest += ["--layer-share", share]
     result = CliRunner().invoke(app, ["compare", *arguments, *sizes, *rest])
     assert result.exit_code == 0, result.output
@@ -226,14 +226,13 @@ def test_compare(tmp_path: Path, policy_dir: Path) -> None:
     assert values["settings"]["mix"] == mix
     for row in values["rows"]:
         if row["method"] != compare.FULL:
-            assert row["settings"]["layer_shares"] == [1.1, 0.9, 0.8, 1.2]
+            assert row["settings"]["layer_shares"] == [1.25, 0.75, 0.5, 1.5]
     names = [compare.FULL, "NAMM 1", "NAMM 2", "KeyDiff"]
     assert [(row["length"], row["method"]) for row in values["rows"]] == [
         (length, name) for length in (192, 256) for name in names
     ]
     assert all(row["cost"] is None for row in values["rows"])
-    kept = [row["kept"] for row in values["rows"]]
-    assert kept == pytest.approx([1, 0.5, 0.5, 0.5] * 2, abs=0.005)  # shares are rounded down
+    assert [row["kept"] for row in values["rows"]] == [1, 0.5, 0.5, 0.5] * 2
 
 
 @pytest.mark.parametrize("in_use", [False, True])

@@ -135,8 +135,8 @@ def test_choices_are_what_the_memory_chooses_from(model: Any, tokenizer: Any, bu
     assert {c.layer for c in choices} == {0, 1}
     assert {len(c.features) for c in choices} == {heads}
     for c in choices:
-        budget = (12, 36)[c.layer] * heads  # layer_shares of a cache_size of 24
-        assert c.size == budget + N_UP * heads or budget < c.size <= 2 * budget
+        room = (12, 36)[c.layer] * heads  # layer_shares of a cache_size of 24
+        assert c.size == room + N_UP * heads or room < c.size <= 2 * room
         for x, y in zip(c.features, c.target, strict=True):
             assert len(x) == len(y)
             assert y.min() >= 0
@@ -211,7 +211,7 @@ def test_every_layer_needs_a_weight(model: Any, tokenizer: Any) -> None:
 
 
 def test_a_layer_without_weight_does_not_count(model: Any, tokenizer: Any) -> None:
-    """The losses of two runs differ by what the left out layer had."""
+    """Of layers, one at a time has less loss than both together."""
     short = replace(IMITATION, rounds=1, steps=50)
     losses = []
     for weights in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):

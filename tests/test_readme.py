@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,27 @@ def test_tables_are_the_measured_ones() -> None:
     assert tool.filled(README, content) == README
     changed = json.loads(json.dumps(content).replace('"NAMM"', '"other"'))
     assert tool.filled(README, changed) != README
+
+
+def results(name: str) -> dict[tuple[str, int], dict[str, Any]]:
+    content = json.loads((ROOT / "bench/results" / name).read_text(encoding="utf-8"))
+    return {(row["method"], row["length"]): row for row in content["rows"]}
+
+
+def test_sentences_are_the_measured_ones() -> None:
+    prose = " ".join(README.split())
+    rows = results("demo.json")
+    accuracy = {m: row["accuracy"] for (m, length), row in rows.items() if length == 1024}
+    full, namm = accuracy.pop("full cache"), accuracy.pop("NAMM")
+    next_best = max(accuracy.values())
+    assert f"NAMM answers {100 * namm / full:.0f} % of what the full cache answers" in prose
+    assert f"the next best rule {100 * next_best / full:.0f} %" in prose
+    assert f"{sum(rows['NAMM', 1024]['queries'].values())} questions" in prose
+    for name in ("stated_once.json", "layer_shares.json"):
+        rows = results(name)
+        for method in ("NAMM", "KeyDiff", "full cache"):
+            short, long = (100 * rows[method, length]["accuracy"] for length in (1024, 2048))
+            assert f"{method} {short:.1f} and {long:.1f}" in prose, name
 
 
 def test_commands_exist() -> None:

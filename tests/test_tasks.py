@@ -113,7 +113,9 @@ def test_mixes_share_a_batch(tokenizer):
         mixes, ("assign", "prose"), tokenizer, "test", batch_size=5, **given
     )
     assert [len(e.value_spans) for e in batch] == [2, 2, 2 + 4, 2 + 4, 2 + 4]
-    alone = mixes[0].make_batch(("assign", "prose"), tokenizer, "test", batch_size=2, **given)
+    alone = tasks.make_batch(
+        ("assign", "prose"), tokenizer, "test", num_records=2, batch_size=2, **given
+    )
     assert batch[:2] == alone
     assert len({e.input_ids for e in batch}) == 5
 

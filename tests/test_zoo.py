@@ -145,6 +145,19 @@ def test_readme_figures_are_the_measured_ones():
             assert row in readme
 
 
+def test_readme_tells_how_the_memory_came_about():
+    readme = (Path(zoo.__file__).parent / "README.md").read_text(encoding="utf-8")
+    prose = " ".join(readme.split())
+    folder = Path(zoo.__file__).parent / "policies" / "stdlib-1m"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    best = max((r for r in log if "validation_fitness" in r), key=lambda r: r["validation_fitness"])
+    assert best["generation"] == json.loads((folder / "metrics.json").read_text())["generation"]
+    for record in (log[0], best):
+        assert f"{record['validation_fitness']:.3f} with" in prose
+        assert f"with {100 * record['validation_exact_match']:.1f} %" in prose
+    assert f"(generation {best['generation']} of {log[-1]['generation']}" in prose
+
+
 @pytest.mark.usefixtures("small_corpus")
 def test_quick_recipe(tmp_path):
     entries = []

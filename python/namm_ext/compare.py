@@ -161,6 +161,15 @@ class Workload:
     ) -> Workload:
         """Draw a workload with the fixed seed of ``split`` ("test" or "validation").
 
+        Args:
+            tokenizer: of the model that will read it.
+            split: whose documents and seed.
+            length: tokens per context and per window.
+            families: task families, which take turns.
+            examples_per_family: contexts of each.
+            mix: records hidden in a context.
+            num_windows: windows of source code.
+
         Raises:
             ValueError: if ``split`` is neither or the documents are shorter than ``length``.
         """
@@ -170,7 +179,8 @@ class Workload:
         from .zoo import load_documents
 
         documents = load_documents(split)
-        examples = mix.make_batch(
+        examples = tasks.make_mixed_batch(
+            (mix,),
             families,
             tokenizer,
             documents,

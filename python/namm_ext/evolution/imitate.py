@@ -71,9 +71,7 @@ class ImitateConfig:
                 )
         if not self.lengths:
             raise ValueError(f"ImitateConfig: lengths must not be empty, got {self.lengths}")
-        if self.layer_weights is not None and not all(
-            0 <= w < math.inf for w in self.layer_weights
-        ):
+        if not all(0 <= weight < math.inf for weight in self.layer_weights or ()):
             raise ValueError(
                 "ImitateConfig: layer_weights must not be negative, one per layer, "
                 f"got {self.layer_weights}"

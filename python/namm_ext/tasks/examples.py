@@ -115,8 +115,7 @@ def make_example(
     reader = _reader(tokenizer, documents)
     key = (seed,) if isinstance(seed, int) else tuple(seed)
     rng = np.random.default_rng([*key, zlib.crc32(family.encode()), length, num_records])
-    lines = _draw_lines(task, reader, num_records, mentions, num_idle, rng)
-    records, queries, answered_by = lines
+    records, queries, answered_by = _draw_lines(task, reader, num_records, mentions, num_idle, rng)
 
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     needed = len(ids) + sum(line.size for line in (*records, *queries))
@@ -219,29 +218,6 @@ class RecordMix:
         """Idle records in a context of ``length`` tokens."""
         return length * self.idle_per_1024 // 1024
 
-    def make_batch(
-        self,
-        families: Sequence[str],
-        tokenizer: Any,
-        documents: Sequence[str] | str,
-        *,
-        length: int,
-        seed: Seed,
-        batch_size: int,
-    ) -> list[Example]:
-        """:func:`make_batch` with this in every context."""
-        return make_batch(
-            families,
-            tokenizer,
-            documents,
-            length=length,
-            num_records=self.num_records,
-            seed=seed,
-            batch_size=batch_size,
-            mentions=self.mentions,
-            num_idle=self.num_idle(length),
-        )
-
 
 def make_mixed_batch(
     mixes: Sequence[RecordMix],
@@ -253,18 +229,24 @@ def make_mixed_batch(
     seed: Seed,
     batch_size: int,
 ) -> list[Example]:
-    """``batch_size`` examples of equal length, in equal parts of each mix."""
+    """``batch_size`` examples of equal length, in equal parts of each mix.
+
+    Arguments as in :func:`make_batch`. With one mix, it is that function's batch.
+    """
     key = (seed,) if isinstance(seed, int) else tuple(seed)
     return [
         example
         for i, mix in enumerate(mixes)
-        for example in mix.make_batch(
+        for example in make_batch(
             families,
             tokenizer,
             documents,
             length=length,
+            num_records=mix.num_records,
             seed=(*key, i) if i else key,
             batch_size=(batch_size + i) // len(mixes),
+            mentions=mix.mentions,
+            num_idle=mix.num_idle(length),
         )
     ]
 
