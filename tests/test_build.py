@@ -110,7 +110,7 @@ FLOORS = [
     {"reference"},
     {"ops"},
     {"testing", "policy", "ragged", "baselines"},
-    {"attention", "cache", "cache_files", "patching", "report", "integrations"},
+    {"cache", "patching", "report", "integrations"},
 ]
 TRANSFORMERS_FLOOR = 4
 ALLOWED = {

@@ -296,7 +296,7 @@ def test_multimodal_model(llava):
     assert torch.equal(llava.generate(**inputs, max_new_tokens=20, do_sample=False), want)
 
 
-MODULES = "ragged cache patching report attention cache_files baselines._base baselines.by_key"
+MODULES = "ragged.planner cache.cache patching baselines._base baselines.by_key"
 MODULES += " baselines.by_position baselines.by_attention"
 
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 from hf_models import COMMON, FAMILIES, build, evicting_policy, gemma3_config, tokens
 from namm_ext import NAMMCache, apply, patch, remove
-from namm_ext.attention import check_version, namm_attention_forward
 from namm_ext.baselines import H2O, TOVA, NeverEvict
+from namm_ext.cache.attention import namm_attention_forward
+from namm_ext.cache.versions import check_version
 
 POLICY = NeverEvict(n_up=16)
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import NAME
-from .cache import NAMMCache, cache_keyword, decoder_config, layer_types
+from .cache import NAMMCache, cache_keyword
+from .cache.switching import UNDO, Undo, set_attention, use_namm_attention
 from .policy import Policy
 from .report import Report
 
@@ -41,16 +39,6 @@ class Memory:
 
 #: Arguments of ``generate`` with which it drafts tokens and takes some of them back.
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
-
-
-class _Undo:
-    def __init__(self, attn_implementation: str) -> None:
-        self.attn_implementation = attn_implementation
-        self.memory: Memory | None = None
-        self.had_generate: Any = None
-
-
-_UNDO: weakref.WeakKeyDictionary[nn.Module, _Undo] = weakref.WeakKeyDictionary()
 
 
 def apply(model: PreTrainedModel, policy: Policy) -> Memory:
@@ -102,12 +90,12 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
 
 def remove(model: PreTrainedModel) -> None:
     """Undo ``apply`` (and what ``NAMMCache(model, ...)`` set); a model without memory is fine."""
-    undo = _UNDO.pop(model, None)
+    undo = UNDO.pop(model, None)
     if undo is None:
         return
     if undo.memory is not None:
         _unwrap(model, undo)
-    _set_attention(model, undo.attn_implementation)
+    set_attention(model, undo.attn_implementation)
 
 
 @contextmanager
@@ -127,7 +115,7 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
         >>> memory.report().layers[0].kept
         ((8, 8),)
     """
-    before = _UNDO.get(model)
+    before = UNDO.get(model)
     previous = before.memory.policy if before is not None and before.memory is not None else None
     memory = apply(model, policy)
     try:
@@ -141,64 +129,9 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
             _unwrap(model, before)
 
 
-def use_namm_attention(model: PreTrainedModel) -> _Undo:
-    """Switch a model's decoder to the "namm" attention, once; what ``remove`` needs to undo it.
-
-    Raises:
-        ValueError: if the model's attention cannot be reached or has parts we do not compute.
-    """
-    undo = _UNDO.get(model)
-    if undo is not None:
-        if decoder_config(model.config)._attn_implementation != NAME:
-            _set_attention(model, NAME)
-        return undo
-    _check_model(model)
-    implementation = decoder_config(model.config)._attn_implementation
-    _set_attention(model, NAME)
-    undo = _UNDO[model] = _Undo(implementation)
-    return undo
-
-
-def _unwrap(model: PreTrainedModel, undo: _Undo) -> None:
+def _unwrap(model: PreTrainedModel, undo: Undo) -> None:
     undo.memory = None
     if undo.had_generate is None:
         del vars(model)["generate"]
     else:
         vars(model)["generate"] = undo.had_generate
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"apply: model must be a transformers model, got {type(model).__name__}")
-    name = type(model).__name__
-    config = decoder_config(model.config)
-    decoders = [
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel) and module.config is config
-    ]
-    if not all(module._can_set_attn_implementation() for module in decoders):
-        raise ValueError(
-            f"apply: {name} does not use transformers' attention interface, so its attention "
-            "cannot be reached"
-        )
-    layer_types(config)
-    if any(getattr(module, "_is_stateful", False) for module in decoders):
-        raise ValueError(f"apply: {name} keeps a recurrent state, not only keys and values")
-    if any(getattr(module, "sinks", None) is not None for module in model.modules()):
-        raise ValueError(f"apply: {name} has attention sinks (learned), which are not supported")
-
-
-def _set_attention(model: PreTrainedModel, implementation: str) -> None:
-    config = decoder_config(model.config)
-    if config is model.config:
-        model.set_attn_implementation({"": implementation})
-    else:
-        # A vision tower keeps its own attention.
-        keys = [key for key in model.config.sub_configs if getattr(model.config, key) is config]
-        model.set_attn_implementation(dict.fromkeys(keys, implementation))
-    if config._attn_implementation != implementation:
-        raise ValueError(
-            f"apply: the attention implementation of {type(model).__name__} could not be set to "
-            f"{implementation!r}"
-        )

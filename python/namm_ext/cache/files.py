@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from .policy import Policy
-from .ragged import RaggedKV
-
-if TYPE_CHECKING:
-    from .cache import NAMMCache
+from ..ragged import from_tensors, to_tensors
+from .layer import NAMMLayer
+from .session import Session
 
 FORMAT = "namm_ext.NAMMCache"
 FORMAT_VERSION = "1"
@@ -37,11 +36,10 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def save(cache: NAMMCache, path: str | Path) -> None:
+def save(session: Session, layers: Sequence[Any], path: str | Path) -> None:
     """See ``NAMMCache.save``."""
     import safetensors.torch
 
-    session = cache.session
     model = None if session.model is None else session.model()
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -49,16 +47,14 @@ def save(cache: NAMMCache, path: str | Path) -> None:
             "configuration, which cannot say what model its keys belong to"
         )
     tensors: dict[str, Tensor] = {}
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             if layer.keys is not None and layer.values is not None:
                 tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys, layer.values
                 tensors[f"{i}.length"] = torch.tensor(layer.cumulative_length)
-            continue
-        memory = cache.memory_layer(i)
-        if memory.kv is not None:
-            tensors |= {f"{i}.{name}": t for name, t in memory.kv.to_tensors().items()}
-            tensors[f"{i}.padded"] = torch.tensor(memory.padded)
+        elif isinstance(layer, NAMMLayer) and layer.kv is not None:
+            tensors |= {f"{i}.{name}": t for name, t in to_tensors(layer.kv).items()}
+            tensors[f"{i}.padded"] = torch.tensor(layer.padded)
     if session.past_mask is not None:
         tensors["past_mask"] = session.past_mask
     if session.param_index is not None:
@@ -68,23 +64,26 @@ def save(cache: NAMMCache, path: str | Path) -> None:
         "format_version": FORMAT_VERSION,
         "policy": session.policy.fingerprint(),
         "model": model_fingerprint(model),
-        "num_layers": str(len(cache.layers)),
+        "num_layers": str(len(layers)),
     }
     # Equal tensors that share memory would be refused, and slices would carry their storage.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     safetensors.torch.save_file(tensors, str(path), {"namm": json.dumps(metadata)})
 
 
-def load(path: str | Path, model: PreTrainedModel, policy: Policy) -> NAMMCache:
-    """See ``NAMMCache.load``."""
-    from .cache import NAMMCache
-
-    metadata, tensors = _read(Path(path))
-    cache = NAMMCache(model, policy, param_index=tensors.get("param_index"))
+def fill(
+    session: Session,
+    layers: Sequence[Any],
+    model: PreTrainedModel,
+    metadata: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str | Path,
+) -> None:
+    """Put what ``read`` found in the file ``path`` into a new cache. See ``NAMMCache.load``."""
     for what, expected in (
-        ("policy", policy.fingerprint()),
+        ("policy", session.policy.fingerprint()),
         ("model", model_fingerprint(model)),
-        ("num_layers", str(len(cache.layers))),
+        ("num_layers", str(len(layers))),
     ):
         if metadata.get(what) != expected:
             raise ValueError(
@@ -92,11 +91,10 @@ def load(path: str | Path, model: PreTrainedModel, policy: Policy) -> NAMMCache:
                 f"filled with another {'model' if what == 'num_layers' else what}"
             )
     device = model.device
-    session = cache.session
     past_mask = tensors.get("past_mask")
     session.past_mask = None if past_mask is None else past_mask.to(device)
     try:
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(layers):
             own = {
                 name.removeprefix(f"{i}."): t
                 for name, t in tensors.items()
@@ -109,8 +107,7 @@ def load(path: str | Path, model: PreTrainedModel, policy: Policy) -> NAMMCache:
                 layer.keys, layer.values = own["keys"].to(device), own["values"].to(device)
                 layer.cumulative_length = int(own["length"])
                 continue
-            memory = cache.memory_layer(i)
-            memory.kv = RaggedKV.from_tensors(
+            layer.kv = from_tensors(
                 own,
                 session.policy_on(device),
                 device=device,
@@ -118,13 +115,18 @@ def load(path: str | Path, model: PreTrainedModel, policy: Policy) -> NAMMCache:
                 param_index=session.param_index,
                 ledger=session.ledger,
             )
-            memory.padded = session.padded = int(own["padded"])
+            layer.padded = session.padded = int(own["padded"])
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: the saved cache is damaged: {error}") from error
-    return cache
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged or foreign.
+    """
     import safetensors
     import safetensors.torch
 

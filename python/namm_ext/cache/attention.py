@@ -7,11 +7,11 @@ a hybrid) goes to PyTorch's SDPA as if nothing had been registered.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, __version__
+from transformers import AttentionInterface
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
@@ -19,26 +19,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-if TYPE_CHECKING:
-    from .cache import NAMMLayer
-
-
-def check_version(version: str) -> None:
-    """Refuse versions of transformers whose caches and masks have another interface.
-
-    Raises:
-        ImportError: before 5.4, where masks and caches are still told ``cache_position``.
-    """
-    if tuple(int(part) for part in version.split(".")[:2]) < (5, 4):
-        raise ImportError(f"namm_ext: transformers must be at least 5.4, got {version}")
-
-
-check_version(__version__)
-
-#: ``attn_implementation`` under which both functions are registered. transformers looks for
-#: "flash", "sdpa", "flex_attention" and "/" inside such names, so it must contain none of them.
-NAME = "namm"
-TAG = "_namm_layer"
+from .layer import NAME, TAG, NAMMLayer
 
 # Arguments of attention functions that change the result and that the kernels do not know.
 _UNSUPPORTED = {

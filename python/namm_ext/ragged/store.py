@@ -1,221 +1,22 @@
-"""Storage of one attention layer: ragged, exactly sized, rebuilt at every update.
-
-A segment is one (batch row, KV head) pair, ``s = b * num_kv_heads + h``. All per-token tensors of
-a layer are flat; segment s owns the rows ``[cu_seqlens_k[s], cu_seqlens_k[s + 1])``::
-
-    k [C, D]  v [C, Dv]  pos [C] int32  state [C, F] float32
-    kept tokens | tokens since the last update | free           slot = kept + n_up, exactly
-
-``n_up`` new tokens are exactly what can arrive before the next update, so appending never
-reallocates and an update always does: what a policy drops goes back to the allocator at once.
-
-The host knows every length without asking the device: row b updates when its own count of real
-tokens is a multiple of ``n_up``, so ``kept`` (set by updates) and ``seen`` say everything, and
-decoding needs no synchronisation. ``Planner`` turns a call into pieces that end at updates; all
-layers of a model ask the same question, so it remembers its last answer.
-"""
+"""The store of one layer: append, attend, update; undo and rows of the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .policy import Policy, UpdateContext, check_num_kept
+from .. import ops
+from ..policy import Policy, UpdateContext, check_num_kept
+from .ledger import Ledger
+from .planner import CARRY, Due, Piece
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-#: Queries of the previous period that the first spectrogram frame of a period needs.
-CARRY = 16
 #: A draft of up to this many tokens can be undone while ``recording``.
 ROLLBACK_TOKENS = 128
-
-
-_PER_TOKEN = ("k", "v", "pos", "state")
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """The update behind a piece."""
-
-    rows: tuple[bool, ...]  # which rows of the batch it is for
-    active: Tensor  # the same as [B] bool
-    pos_q: Tensor  # [B] int32 position of window row 0
-    seen: Tensor  # [B] int32
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens that enter a layer together; no row passes its next update inside a piece.
-
-    Row b brings the columns ``[first[b], first[b] + num_new[b])`` of the call, at positions
-    ``pos_first[b] ...``. ``columns`` is set if these are the same columns for every row; then the
-    tensors describe the slice, so ``first`` is 0. ``slot`` is the window row of the first token if
-    it is the same for every row; otherwise ``scatter`` lists (row, column, window row).
-    """
-
-    first: Tensor
-    num_new: Tensor
-    pos_first: Tensor
-    columns: slice | None
-    slot: int | None
-    scatter: tuple[Tensor, Tensor, Tensor] | None
-    width: int
-    seen: tuple[int, ...]
-    due: Due | None
-
-
-class Planner:
-    """Cuts calls into pieces, row by row, where the rows' own token counts say so.
-
-    Args:
-        n_up: real tokens between two updates of a row.
-
-    Example:
-        >>> pieces = Planner(16)((10,), 20, None, torch.device("cpu"))
-        >>> [(piece.width, piece.due is not None) for piece in pieces]
-        [(6, True), (14, False)]
-    """
-
-    def __init__(self, n_up: int) -> None:
-        self.n_up = n_up
-        self._key: tuple[object, ...] | None = None
-        self._pieces: tuple[Piece, ...] = ()
-        self._base: tuple[tuple[int, ...], Tensor] | None = None
-
-    def __call__(
-        self,
-        seen: tuple[int, ...],
-        num_cols: int,
-        spans: tuple[tuple[int, int], ...] | None,
-        device: torch.device,
-    ) -> tuple[Piece, ...]:
-        """Pieces of one call.
-
-        Args:
-            seen: real tokens of each row before the call.
-            num_cols: columns of the call, L.
-            spans: per row (first real column, number of real columns); None if all are real.
-            device: where the index tensors live.
-        """
-        key = (seen, num_cols, spans, device)
-        if key != self._key:
-            self._pieces = tuple(self._cut(seen, num_cols, spans, device))
-            self._key = key
-        return self._pieces
-
-    def _cut(
-        self,
-        seen: tuple[int, ...],
-        num_cols: int,
-        spans: tuple[tuple[int, int], ...] | None,
-        device: torch.device,
-    ) -> Iterator[Piece]:
-        n_up = self.n_up
-        first = [f for f, _ in spans] if spans else [0] * len(seen)
-        left = [n for _, n in spans] if spans else [num_cols] * len(seen)
-        while any(left):
-            num_new = [min(n_up - s % n_up, n) for s, n in zip(seen, left, strict=True)]
-            slots = [CARRY + s % n_up for s in seen]
-            after = tuple(s + n for s, n in zip(seen, num_new, strict=True))
-            same_columns = len(set(first)) == len(set(num_new)) == 1
-            columns = slice(first[0], first[0] + num_new[0]) if same_columns else None
-            slot = slots[0] if same_columns and len(set(slots)) == 1 else None
-            yield Piece(
-                first=self._tensor((0,) * len(seen) if same_columns else tuple(first), device),
-                num_new=self._tensor(tuple(num_new), device),
-                pos_first=self._positions(seen, device),
-                columns=columns,
-                slot=slot,
-                scatter=None if slot is not None else _scatter(first, num_new, slots, device),
-                width=num_new[0] if same_columns else num_cols,
-                seen=after,
-                due=self.due(
-                    after,
-                    tuple(n > 0 and s % n_up == 0 for s, n in zip(after, num_new, strict=True)),
-                    device,
-                ),
-            )
-            first = [f + n for f, n in zip(first, num_new, strict=True)]
-            left = [n - m for n, m in zip(left, num_new, strict=True)]
-            seen = after
-
-    def due(
-        self, seen: tuple[int, ...], rows: tuple[bool, ...], device: torch.device
-    ) -> Due | None:
-        """The update of ``rows`` after ``seen`` tokens; None if there are no such rows."""
-        if not any(rows):
-            return None
-        pos_q = tuple(
-            s - CARRY - (self.n_up if due else s % self.n_up)
-            for s, due in zip(seen, rows, strict=True)
-        )
-        active = torch.tensor(rows, device=device)
-        return Due(rows, active, self._tensor(pos_q, device), self._tensor(seen, device))
-
-    @staticmethod
-    def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
-        # A fill needs no copy from the host, so decoding an unpadded batch never waits.
-        if len(set(values)) == 1:
-            return torch.full((len(values),), values[0], dtype=torch.int32, device=device)
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    def _positions(self, seen: tuple[int, ...], device: torch.device) -> Tensor:
-        """As ``_tensor``; rows that all moved by the same step reuse the last tensor."""
-        if self._base is not None and self._base[1].device == device:
-            values, tensor = self._base
-            steps = {s - v for s, v in zip(seen, values, strict=False)}
-            if len(values) == len(seen) and len(steps) == 1:
-                self._base = (seen, tensor + steps.pop())
-                return self._base[1]
-        self._base = (seen, self._tensor(seen, device))
-        return self._base[1]
-
-
-def _scatter(
-    first: list[int], num_new: list[int], slots: list[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows: list[int] = []
-    cols: list[int] = []
-    window_rows: list[int] = []
-    for b, (f, n, slot) in enumerate(zip(first, num_new, slots, strict=True)):
-        rows += [b] * n
-        cols += range(f, f + n)
-        window_rows += range(slot, slot + n)
-    index = torch.tensor([rows, cols, window_rows], device=device)
-    return index[0], index[1], index[2]
-
-
-class Ledger:
-    """Bytes held now and at most, of keys and values (``kv``) and of everything else (``memory``).
-
-    A ledger with a parent reports to it too, so that the peak of a model is the true one and not
-    the sum of its layers' peaks.
-    """
-
-    def __init__(self, parent: Ledger | None = None) -> None:
-        self.parent = parent
-        self.kv = self.memory = self.peak_kv = self.peak_memory = self.peak = 0
-
-    def add(self, kv: int, memory: int) -> None:
-        """Account for bytes allocated (or freed, if negative)."""
-        self.kv += kv
-        self.memory += memory
-        self.peak_kv = max(self.peak_kv, self.kv)
-        self.peak_memory = max(self.peak_memory, self.memory)
-        self.peak = max(self.peak, self.kv + self.memory)
-        if self.parent is not None:
-            self.parent.add(kv, memory)
-
-    def replace(self, old: tuple[int, int], new: tuple[int, int]) -> None:
-        """Account for ``(kv, memory)`` bytes that replaced others which are gone already."""
-        self.add(new[0] - old[0], new[1] - old[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +110,7 @@ class RaggedKV:
         self.recording = False
         self.ledger = Ledger(ledger)
         self._snapshots: list[_Snapshot] = []
-        self._overdue: Due | None = None  # an update that failed or has yet to run
+        self.overdue: Due | None = None  # an update that failed or has yet to run
 
         num_segments = batch_size * num_kv_heads
         capacity = num_segments * self.n_up
@@ -337,7 +138,7 @@ class RaggedKV:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Live rows of every segment, from the host's own books."""
-        overdue = (False,) * self.batch_size if self._overdue is None else self._overdue.rows
+        overdue = (False,) * self.batch_size if self.overdue is None else self.overdue.rows
         since = [
             self.n_up if due else s % self.n_up for s, due in zip(self.seen, overdue, strict=True)
         ]
@@ -359,8 +160,8 @@ class RaggedKV:
         Returns:
             ``[B, L, Hq, Dv]``; zero in padding columns.
         """
-        if self._overdue is not None:
-            self.update(self._overdue)
+        if self.overdue is not None:
+            self.update(self.overdue)
         shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         dense = all(piece.columns is not None for piece in pieces)
         dense = dense and sum(piece.width for piece in pieces) == q.shape[2]
@@ -382,7 +183,7 @@ class RaggedKV:
             k, v, piece.first, piece.num_new, piece.pos_first,
         )  # fmt: skip
         self.seen = piece.seen
-        self._overdue = piece.due
+        self.overdue = piece.due
 
     def attend(self, q: Tensor, out: Tensor, piece: Piece) -> None:
         """Attention of the piece's queries, into their columns of ``out``; fills the windows."""
@@ -469,7 +270,7 @@ class RaggedKV:
                 # Rows overlap if n_up < CARRY.
                 window[rows, :, :CARRY] = tail.clone() if self.n_up < CARRY else tail
         self.store, self.q_window, self.lse_window = new, q_window, lse_window
-        self._overdue = None
+        self.overdue = None
         self.num_updates += 1
 
     # Undo ----------------------------------------------------------------------------------------
@@ -500,7 +301,7 @@ class RaggedKV:
             seen, due = undone.seen, undone.rows
         else:
             seen = self.seen
-            due = (False,) * len(seen) if self._overdue is None else self._overdue.rows
+            due = (False,) * len(seen) if self.overdue is None else self.overdue.rows
         excess = [s - t for s, t in zip(seen, target, strict=True)]
         since = [self.n_up if d else s % self.n_up for s, d in zip(seen, due, strict=True)]
         if any(not 0 <= e <= n for e, n in zip(excess, since, strict=True)):
@@ -518,7 +319,7 @@ class RaggedKV:
             self.num_updates -= len(self._snapshots) - depth
             self._snapshots = self._snapshots[:depth]
         if any(excess):
-            self._overdue = None
+            self.overdue = None
             step = torch.tensor(excess, dtype=torch.int32, device=self.store.k.device)
             self.store.seqused_k.sub_(step.repeat_interleave(self.num_kv_heads))
         self.seen = target
@@ -557,88 +358,17 @@ class RaggedKV:
         self.param_index = self.param_index[row_index]
         self.seen = tuple(self.seen[b] for b in rows)
         self.batch_size = len(rows)
-        if self._overdue is not None:
-            self._overdue = Due(
-                tuple(self._overdue.rows[b] for b in rows),
-                self._overdue.active[row_index],
-                self._overdue.pos_q[row_index],
-                self._overdue.seen[row_index],
+        if self.overdue is not None:
+            self.overdue = Due(
+                tuple(self.overdue.rows[b] for b in rows),
+                self.overdue.active[row_index],
+                self.overdue.pos_q[row_index],
+                self.overdue.seen[row_index],
             )
 
-    # Files ---------------------------------------------------------------------------------------
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Everything needed to go on later: live rows only, sizes as tensors."""
-        store = self.store
-        starts = store.cu_seqlens_k.tolist()
-        rows = [slice(a, a + n) for a, n in zip(starts, self.lengths, strict=False)]
-        overdue = (False,) * self.batch_size if self._overdue is None else self._overdue.rows
-        return {
-            **{name: torch.cat([getattr(store, name)[r] for r in rows]) for name in _PER_TOKEN},
-            "q_window": self.q_window,
-            "lse_window": self.lse_window,
-            "seen": torch.tensor(self.seen),
-            "kept": torch.tensor(store.kept),
-            "overdue": torch.tensor(overdue),
-            "softmax_scale": torch.tensor(self.softmax_scale, dtype=torch.float64),
-            "num_updates": torch.tensor(self.num_updates),
-        }
-
-    @classmethod
-    def from_tensors(
-        cls,
-        tensors: dict[str, Tensor],
-        policy: Policy,
-        *,
-        device: torch.device,
-        layer_idx: int,
-        param_index: Tensor | None,
-        ledger: Ledger,
-    ) -> RaggedKV:
-        """The store that ``to_tensors`` wrote; the policy must be the same."""
-        q_window, seen, kept = tensors["q_window"], tensors["seen"], tensors["kept"]
-        kv = cls(
-            policy,
-            batch_size=seen.numel(),
-            num_kv_heads=kept.numel() // seen.numel(),
-            num_heads=q_window.shape[1],
-            head_dim=tensors["k"].shape[1],
-            head_dim_v=tensors["v"].shape[1],
-            softmax_scale=float(tensors["softmax_scale"]),
-            dtype=tensors["k"].dtype,
-            device=device,
-            layer_idx=layer_idx,
-            param_index=param_index,
-            ledger=ledger,
-        )
-        kv.seen = tuple(seen.tolist())
-        kv.num_updates = int(tensors["num_updates"])
-        kv.store = replace(kv.store, kept=tuple(kept.tolist()))
-        overdue = tuple(tensors["overdue"].tolist())
-        if any(overdue):
-            kv._overdue = Planner(policy.n_up).due(kv.seen, overdue, device)
-        slots = tuple(n + kv.n_up for n in kv.store.kept)
-        ends = [0, *accumulate(slots)]
-        flat: dict[str, Tensor] = {}
-        for name in _PER_TOKEN:
-            source = tensors[name].to(device)
-            flat[name] = source.new_empty(ends[-1], *source.shape[1:])
-            for start, part in zip(ends, source.split(kv.lengths), strict=False):
-                flat[name][start : start + part.shape[0]] = part
-        int32: Any = {"dtype": torch.int32, "device": device}
-        old = kv._held()
-        kv.store = Store(
-            **flat,
-            cu_seqlens_k=torch.tensor(ends, **int32),
-            seqused_k=torch.tensor(kv.lengths, **int32),
-            slots=slots,
-            kept=kv.store.kept,
-        )
-        kv.q_window, kv.lse_window = q_window.to(device), tensors["lse_window"].to(device)
-        kv.ledger.replace(old, kv._held())
-        return kv
-
-    def _held(self) -> tuple[int, int]:
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of (keys and values, everything else), the recorded past aside."""
         return self.store.kv_bytes, self.store.memory_bytes + self._window_bytes
 
     def release(self) -> None:

@@ -1,0 +1,50 @@
+"""A layer as one opaque op for torch.compile.
+
+Traced code cannot follow the host's books, so a compiled layer is one op. Its handle is a CPU
+tensor: an int would be baked into the graph and every new cache would recompile.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_next_handle = 0
+
+
+def register(layer: Any) -> Tensor:
+    """A handle by which the op finds ``layer`` as long as it lives."""
+    global _next_handle
+    _next_handle += 1
+    _LAYERS[_next_handle] = layer
+    return torch.tensor(_next_handle)
+
+
+@torch.library.custom_op("namm_ext::layer_forward", mutates_args={"handle"})
+def layer_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    handle: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """``NAMMLayer.forward`` of the layer behind ``handle``, opaque to torch.compile."""
+    layer = _LAYERS[int(handle)]
+    return layer.forward(query, key, value, attention_mask, softmax_scale)
+
+
+@layer_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    handle: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -1,0 +1,193 @@
+"""One attention layer's memory, behind transformers' interface of a cache layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from ..policy import Policy
+from ..ragged import RaggedKV
+from . import compiled
+from .session import Session
+
+#: ``attn_implementation`` under which both functions are registered. transformers looks for
+#: "flash", "sdpa", "flex_attention" and "/" inside such names, so it must contain none of them.
+NAME = "namm"
+#: Attribute of new keys that leads to their layer.
+TAG = "_namm_layer"
+
+
+class NAMMLayer(CacheLayerMixin):
+    """One attention layer's memory, behind transformers' interface of a cache layer."""
+
+    is_sliding = False
+    is_compileable = False  # generate would otherwise build 4-D masks and compile on its own
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, session: Session, layer_idx: int) -> None:
+        super().__init__()
+        self.session = session
+        self.layer_idx = layer_idx
+        self.kv: RaggedKV | None = None
+        self.padded = 0
+        self.pending = False
+        self.record_past = False
+        self.handle = compiled.register(self)
+
+    # transformers' side --------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store is made by the first attention call, which knows the heads."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values to the attention function, which stores them.
+
+        Raises:
+            ValueError: if another attention implementation would get them, or if those of the
+                last call never arrived.
+        """
+        # One configuration for all layers, and reading it is slow.
+        if self.layer_idx == self.session.first:
+            implementation = self.session.config._attn_implementation
+            if implementation != NAME:
+                raise ValueError(
+                    f"NAMMCache: the model's attn_implementation must be {NAME!r}, got "
+                    f"{implementation!r}; use namm_ext.apply(model, policy)"
+                )
+        if self.pending:
+            raise ValueError(
+                f"NAMMCache: layer {self.layer_idx} did not consume the tokens of the last call; "
+                "the model changes keys between cache and attention or the call was interrupted"
+            )
+        self.pending = True
+        setattr(key_states, TAG, self)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of what ``update`` returns: the new tokens, behind those seen."""
+        return query_length, self.padded
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included; never the number of tokens kept."""
+        return self.padded
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self.kv is not None:
+            self.kv.release()
+        self.kv = None
+        self.padded = 0
+        self.pending = False
+
+    def activate_past_recording(self) -> None:
+        """Keep what is needed to undo updates, until the next ``crop``."""
+        self.record_past = True
+
+    # The attention function's side ---------------------------------------------------------------
+
+    def claim(self, module: nn.Module) -> None:
+        """Check that this module's attention is the one the pending tokens are meant for.
+
+        Raises:
+            ValueError: for KV sharing between layers, or a cache of another model.
+        """
+        config = getattr(module, "config", self.session.config)
+        if config is not self.session.config:
+            raise ValueError(
+                "NAMMCache: the cache was made for another model; make one with "
+                "NAMMCache(model, policy)"
+            )
+        if not self.pending or getattr(module, "layer_idx", self.layer_idx) != self.layer_idx:
+            raise ValueError(
+                f"NAMMCache: the keys of layer {self.layer_idx} are used more than once; models "
+                "that share keys and values between layers are not supported"
+            )
+        self.pending = False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Store the new tokens and attend, ``[B, L, Hq, Dv]``; updates happen in here.
+
+        Raises:
+            ValueError: if another layer has seen other tokens, or the batch changed its size.
+        """
+        if self.kv is None:
+            self.kv = self._make_store(q, k, v, scale)
+        kv = self.kv
+        if q.shape[0] != kv.batch_size:
+            raise ValueError(
+                f"NAMMCache: batch must have {kv.batch_size} rows as before, got {q.shape[0]}"
+            )
+        after = self.padded + q.shape[2]
+        if self.session.first == self.layer_idx:
+            self.session.read_mask(mask, self.padded, q.shape[0], q.shape[2])
+            self.session.padded = after
+        elif self.session.padded != after:
+            raise ValueError(
+                f"NAMMCache: layer {self.layer_idx} has seen {self.padded} tokens where "
+                f"{self.session.padded - q.shape[2]} were expected; a forward pass was "
+                "interrupted, start again with cache.reset()"
+            )
+        kv.recording = self.record_past
+        pieces = self.session.planner(kv.seen, q.shape[2], self.session.spans, q.device)
+        out = kv.forward(q, k, v, pieces)
+        self.padded = after
+        return out
+
+    def _make_store(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> RaggedKV:
+        index = self.session.param_index
+        if index is not None and index.numel() != q.shape[0]:
+            raise ValueError(
+                f"NAMMCache: param_index must have one entry per batch row, {q.shape[0]} (beams "
+                f"and returned sequences included), got {index.numel()}"
+            )
+        # Heads are counted here and not in the config: tensor parallelism splits them.
+        heads = getattr(self.session.config, "num_key_value_heads", None)
+        if heads is not None and k.shape[1] < heads and _couples_heads(self.session.policy):
+            raise ValueError(
+                f"NAMMCache: a process holds {k.shape[1]} of {heads} KV heads, so the policy must "
+                "decide for each head by itself (no budget 'per_layer', no selection 'reference', "
+                f"no mean over heads), got {self.session.policy!r}"
+            )
+        return RaggedKV(
+            self.session.policy_on(q.device),
+            batch_size=q.shape[0],
+            num_kv_heads=k.shape[1],
+            num_heads=q.shape[1],
+            head_dim=q.shape[3],
+            head_dim_v=v.shape[3],
+            softmax_scale=scale,
+            dtype=k.dtype,
+            device=q.device,
+            layer_idx=self.layer_idx,
+            param_index=index,
+            ledger=self.session.ledger,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NAMMLayer:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.session = copy.deepcopy(self.session, memo)
+        new.kv = copy.deepcopy(self.kv, memo)
+        new.handle = compiled.register(new)
+        return new
+
+
+def _couples_heads(policy: Policy) -> bool:
+    settings = getattr(policy, "config", policy)
+    return (
+        getattr(settings, "budget", None) == "per_layer"
+        or getattr(settings, "selection", None) == "reference"
+        or getattr(policy, "heads", None) == "layer"
+    )

@@ -1,0 +1,167 @@
+"""Where a call is cut: the planner and its pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Queries of the previous period that the first spectrogram frame of a period needs.
+CARRY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """The update behind a piece."""
+
+    rows: tuple[bool, ...]  # which rows of the batch it is for
+    active: Tensor  # the same as [B] bool
+    pos_q: Tensor  # [B] int32 position of window row 0
+    seen: Tensor  # [B] int32
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens that enter a layer together; no row passes its next update inside a piece.
+
+    Row b brings the columns ``[first[b], first[b] + num_new[b])`` of the call, at positions
+    ``pos_first[b] ...``. ``columns`` is set if these are the same columns for every row; then the
+    tensors describe the slice, so ``first`` is 0. ``slot`` is the window row of the first token if
+    it is the same for every row; otherwise ``scatter`` lists (row, column, window row).
+    """
+
+    first: Tensor
+    num_new: Tensor
+    pos_first: Tensor
+    columns: slice | None
+    slot: int | None
+    scatter: tuple[Tensor, Tensor, Tensor] | None
+    width: int
+    seen: tuple[int, ...]
+    due: Due | None
+
+
+class Planner:
+    """Cuts calls into pieces, row by row, where the rows' own token counts say so.
+
+    Args:
+        n_up: real tokens between two updates of a row.
+
+    Example:
+        >>> pieces = Planner(16)((10,), 20, None, torch.device("cpu"))
+        >>> [(piece.width, piece.due is not None) for piece in pieces]
+        [(6, True), (14, False)]
+    """
+
+    def __init__(self, n_up: int) -> None:
+        self.n_up = n_up
+        self._key: tuple[object, ...] | None = None
+        self._pieces: tuple[Piece, ...] = ()
+        self._base: tuple[tuple[int, ...], Tensor] | None = None
+
+    def __call__(
+        self,
+        seen: tuple[int, ...],
+        num_cols: int,
+        spans: tuple[tuple[int, int], ...] | None,
+        device: torch.device,
+    ) -> tuple[Piece, ...]:
+        """Pieces of one call.
+
+        Args:
+            seen: real tokens of each row before the call.
+            num_cols: columns of the call, L.
+            spans: per row (first real column, number of real columns); None if all are real.
+            device: where the index tensors live.
+        """
+        key = (seen, num_cols, spans, device)
+        if key != self._key:
+            self._pieces = tuple(self._cut(seen, num_cols, spans, device))
+            self._key = key
+        return self._pieces
+
+    def _cut(
+        self,
+        seen: tuple[int, ...],
+        num_cols: int,
+        spans: tuple[tuple[int, int], ...] | None,
+        device: torch.device,
+    ) -> Iterator[Piece]:
+        n_up = self.n_up
+        first = [f for f, _ in spans] if spans else [0] * len(seen)
+        left = [n for _, n in spans] if spans else [num_cols] * len(seen)
+        while any(left):
+            num_new = [min(n_up - s % n_up, n) for s, n in zip(seen, left, strict=True)]
+            slots = [CARRY + s % n_up for s in seen]
+            after = tuple(s + n for s, n in zip(seen, num_new, strict=True))
+            same_columns = len(set(first)) == len(set(num_new)) == 1
+            columns = slice(first[0], first[0] + num_new[0]) if same_columns else None
+            slot = slots[0] if same_columns and len(set(slots)) == 1 else None
+            yield Piece(
+                first=self._tensor((0,) * len(seen) if same_columns else tuple(first), device),
+                num_new=self._tensor(tuple(num_new), device),
+                pos_first=self._positions(seen, device),
+                columns=columns,
+                slot=slot,
+                scatter=None if slot is not None else _scatter(first, num_new, slots, device),
+                width=num_new[0] if same_columns else num_cols,
+                seen=after,
+                due=self.due(
+                    after,
+                    tuple(n > 0 and s % n_up == 0 for s, n in zip(after, num_new, strict=True)),
+                    device,
+                ),
+            )
+            first = [f + n for f, n in zip(first, num_new, strict=True)]
+            left = [n - m for n, m in zip(left, num_new, strict=True)]
+            seen = after
+
+    def due(
+        self, seen: tuple[int, ...], rows: tuple[bool, ...], device: torch.device
+    ) -> Due | None:
+        """The update of ``rows`` after ``seen`` tokens; None if there are no such rows."""
+        if not any(rows):
+            return None
+        pos_q = tuple(
+            s - CARRY - (self.n_up if due else s % self.n_up)
+            for s, due in zip(seen, rows, strict=True)
+        )
+        active = torch.tensor(rows, device=device)
+        return Due(rows, active, self._tensor(pos_q, device), self._tensor(seen, device))
+
+    @staticmethod
+    def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+        # A fill needs no copy from the host, so decoding an unpadded batch never waits.
+        if len(set(values)) == 1:
+            return torch.full((len(values),), values[0], dtype=torch.int32, device=device)
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    def _positions(self, seen: tuple[int, ...], device: torch.device) -> Tensor:
+        """As ``_tensor``; rows that all moved by the same step reuse the last tensor."""
+        if self._base is not None and self._base[1].device == device:
+            values, tensor = self._base
+            steps = {s - v for s, v in zip(seen, values, strict=False)}
+            if len(values) == len(seen) and len(steps) == 1:
+                self._base = (seen, tensor + steps.pop())
+                return self._base[1]
+        self._base = (seen, self._tensor(seen, device))
+        return self._base[1]
+
+
+def _scatter(
+    first: list[int], num_new: list[int], slots: list[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows: list[int] = []
+    cols: list[int] = []
+    window_rows: list[int] = []
+    for b, (f, n, slot) in enumerate(zip(first, num_new, slots, strict=True)):
+        rows += [b] * n
+        cols += range(f, f + n)
+        window_rows += range(slot, slot + n)
+    index = torch.tensor([rows, cols, window_rows], device=device)
+    return index[0], index[1], index[2]
