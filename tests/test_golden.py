@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from golden_files import golden_dir
-from namm_ext import NAMM, ops, policy, reference, testing
+from namm_ext import NAMM, NAMMConfig, ops, policy, reference, testing
 from torch import Tensor
 
 GOLDEN = golden_dir()
@@ -596,7 +596,7 @@ def e2e_model(path: Path, v: dict):
 
 
 def e2e_policy(v: dict, params: Tensor) -> Recorder:
-    config = policy.NAMMConfig(n_up=int(v["n_up"]), selection="reference")
+    config = NAMMConfig(n_up=int(v["n_up"]), selection="reference")
     return Recorder(NAMM(config, params, v["norm_mean"], v["norm_var"]))
 
 

@@ -42,10 +42,10 @@ def random_namm(**changes) -> NAMM:
     )
 
 
-@pytest.mark.parametrize("module", [config, policy])
+@pytest.mark.parametrize("module", [config, policy.namm, policy.statistics])
 def test_docstring_examples(module):
     result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert result.attempted >= 5
+    assert result.attempted > 1
     assert result.failed == 0
 
 

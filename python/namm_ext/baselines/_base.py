@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import check_layer_shares, layer_cache_size
-from ..policy import Policy, UpdateContext, _fingerprint, layer_share, select_rows
+from ..policy import Policy, UpdateContext
+from ..policy.base import fingerprint_of, layer_share, select_rows
 
 
 class Baseline(Policy):
@@ -105,7 +106,7 @@ class Baseline(Policy):
 
     def fingerprint(self) -> str:
         """Hash of name and settings."""
-        return _fingerprint(self, self.settings(), [])
+        return fingerprint_of(self, self.settings(), [])
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())

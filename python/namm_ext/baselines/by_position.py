@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..policy import UpdateContext, select_rows
+from ..policy import UpdateContext
+from ..policy.base import select_rows
 from ._base import Baseline, live_rows
 
 

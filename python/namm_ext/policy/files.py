@@ -1,0 +1,131 @@
+"""Saved policies: a folder with ``config.json`` and ``namm.safetensors``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import NAMMConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "namm.safetensors"
+FORMAT = "namm_ext.NAMM"
+FORMAT_VERSION = 1
+BUNDLED_PREFIX = "bundled:"
+
+
+def write_policy(directory: str | Path, config: NAMMConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the two files into ``directory``, which is made if it is missing."""
+    safetensors_torch = _safetensors()
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    safetensors_torch.save_file(tensors, str(folder / WEIGHTS_FILE))
+    text = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
+    (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+
+
+def read_policy(
+    name: str, revision: str | None = None
+) -> tuple[NAMMConfig, dict[str, Tensor], str]:
+    """What :func:`write_policy` wrote: the config, the tensors, and where the tensors come from.
+
+    Args:
+        name: a folder, ``"bundled:<name>"`` or a Hugging Face Hub id.
+        revision: of the Hub repository.
+
+    Raises:
+        FileNotFoundError: if there is no such policy or one of its two files is missing.
+        ValueError: if a file is damaged or not a NAMM; names the file and the field.
+    """
+    folder = _find_policy(name, revision)
+    config = _read_config(folder / CONFIG_FILE)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"NAMM: {path} is missing")
+    safetensors_torch = _safetensors()
+    from safetensors import SafetensorError
+
+    try:
+        tensors = safetensors_torch.load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: must be a safetensors file, got {error}") from error
+    expected = {"params", "mean", "var", "count"}
+    if set(tensors) != expected:
+        raise ValueError(
+            f"{path}: tensors must be {', '.join(sorted(expected))}, "
+            f"got {', '.join(sorted(tensors)) or 'none'}"
+        )
+    if tensors["count"].numel() != 1:
+        raise ValueError(f"{path}: count must be one number, got {list(tensors['count'].shape)}")
+    return config, tensors, str(path)
+
+
+def bundled_policies() -> list[str]:
+    """Names of the policies that come with the package."""
+    root = Path(str(resources.files("namm_ext") / "zoo" / "policies"))
+    return sorted(p.parent.name for p in root.glob(f"*/{CONFIG_FILE}"))
+
+
+def _find_policy(name: str, revision: str | None) -> Path:
+    if name.startswith(BUNDLED_PREFIX):
+        short = name.removeprefix(BUNDLED_PREFIX)
+        if short not in bundled_policies():
+            raise FileNotFoundError(
+                f"NAMM: bundled policy must be one of {', '.join(bundled_policies()) or '(none)'}, "
+                f"got {short!r}"
+            )
+        return Path(str(resources.files("namm_ext") / "zoo" / "policies" / short))
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    # A Hub id is "name" or "owner/name"; anything else can only be a path.
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or folder.exists():
+        raise FileNotFoundError(f"NAMM: name_or_path must be a folder, got {name!r}")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"NAMM: {name!r} is not a folder, and reading it from the Hugging Face Hub needs "
+            "huggingface_hub: pip install 'namm_ext[hf]'"
+        ) from error
+    return Path(
+        huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
+        )
+    )
+
+
+def _read_config(path: Path) -> NAMMConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"NAMM: {path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: must be JSON, got {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: format must be {FORMAT!r}; this is not a saved NAMM")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version must be {FORMAT_VERSION}, "
+            f"got {content.get('format_version')!r}"
+        )
+    try:
+        return NAMMConfig.from_dict(content.get("config", {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "reading and writing policies needs safetensors: pip install 'namm_ext[hf]'"
+        ) from error
+    return safetensors.torch

@@ -1,0 +1,87 @@
+"""Checkpoints of the original, SakanaAI/evo-memory."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .base import checked
+
+
+@dataclass(frozen=True)
+class ReferenceCheckpoint:
+    """What a NAMM needs from a checkpoint of the original."""
+
+    params: Tensor
+    mean: Tensor
+    var: Tensor
+    count: int
+
+
+_STORED = "stored_buffers_to_save.token_embedding_0_output_"
+
+
+def read_reference_checkpoint(path: str | Path, which: str = "mean") -> ReferenceCheckpoint:
+    """Parameters of any size and statistics from a checkpoint of the original (spec 9.5).
+
+    The file is mapped, not read: of its 210 MB, three n x n matrices are never touched.
+
+    Args:
+        path: the ``.pt`` file.
+        which: "mean" or "best".
+
+    Returns:
+        ``params [n]``, ``mean [17]``, ``var [17]`` float32 and the count. Statistics never
+        collected (count 0) come back as mean 0 and var 1 with a warning, which is what the
+        original does with them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, would execute code, or lacks a key.
+    """
+    keys = {"mean": "mean", "best": "best_member"}
+    if which not in keys:
+        raise ValueError(
+            f"read_reference_checkpoint: which must be 'mean' or 'best', got {which!r}"
+        )
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"read_reference_checkpoint: no such file: {path}")
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # damaged files make torch.load raise almost anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path}: must be a torch checkpoint that loads without executing code, got {reason}"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("evolution_state"), dict):
+        raise ValueError(
+            f"{path}: must hold an 'evolution_state' dict; not an evo-memory checkpoint"
+        )
+    state = {
+        str(key).removeprefix("_orig_mod."): value
+        for key, value in content["evolution_state"].items()
+    }
+    wanted = [keys[which], f"{_STORED}mean", f"{_STORED}var", f"{_STORED}num"]
+    for key in wanted:
+        if not isinstance(state.get(key), Tensor):
+            raise ValueError(f"{path}: evolution_state must hold the tensor {key!r}, got none")
+    params = checked(keys[which], state[keys[which]], None, str(path)).flatten()
+    count = int(state[f"{_STORED}num"].max())
+    bins = (reference.NUM_BINS,)
+    if count == 0:
+        warnings.warn(
+            f"{path}: no normalisation statistics were collected; features pass unchanged",
+            stacklevel=2,
+        )
+        return ReferenceCheckpoint(params, torch.zeros(bins), torch.ones(bins), 0)
+    mean, var = (checked(key, state[key].flatten(), bins, str(path)) for key in wanted[1:3])
+    return ReferenceCheckpoint(params, mean, var, count)
