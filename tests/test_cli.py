@@ -107,11 +107,13 @@ def test_missing_module_of_no_extra_is_a_bug(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_wrong_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = ", ".join(zoo.bundled_models())
-    expected = f"namm: --model must be a folder or one of {names}, got 'nowhere'"
+    names = ", ".join([*zoo.bundled_models(), *zoo.PACKAGED_MODELS])
+    expected = f"namm: --model must be a folder, a GGUF file or one of {names}, got 'nowhere'"
     assert run(monkeypatch, "demo", "--model", "nowhere") == expected
     message = run(monkeypatch, "demo", "--model", str(tmp_path))
     assert message == f"namm: --model: {tmp_path} holds no config.json"
+    message = run(monkeypatch, "demo", "--model", str(tmp_path / "absent.gguf"))
+    assert message == f"namm: no GGUF file {tmp_path / 'absent.gguf'}"
 
 
 def test_wrong_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -64,25 +64,26 @@ def _need(*modules: str) -> None:
 
 
 def _load_model(name: str | None) -> tuple[Any, Any, str]:
-    """Model, tokenizer and name; a folder wins over a bundled name."""
+    """Model, tokenizer and name; a folder wins over a name of the zoo."""
     _need("transformers", "tokenizers", "safetensors")
     import transformers
 
     from . import zoo
 
     transformers.utils.logging.disable_progress_bar()
-    if name is not None and Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise FileNotFoundError(f"--model: {name} holds no config.json")
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(name), name
     chosen = zoo.DEFAULT_MODEL if name is None else name
-    if chosen not in zoo.bundled_models():
-        raise ValueError(
-            f"--model must be a folder or one of {', '.join(zoo.bundled_models()) or '(none)'}, "
-            f"got {chosen!r}"
-        )
-    return zoo.load_model(chosen), zoo.load_tokenizer(chosen), chosen
+    if Path(chosen).is_dir():
+        if not (Path(chosen) / "config.json").is_file():
+            raise FileNotFoundError(f"--model: {chosen} holds no config.json")
+        chosen = str(Path(chosen).absolute())
+    elif not chosen.endswith(".gguf"):
+        known = [*zoo.bundled_models(), *zoo.PACKAGED_MODELS]
+        if chosen not in known:
+            raise ValueError(
+                f"--model must be a folder, a GGUF file or one of {', '.join(known)}, "
+                f"got {chosen!r}"
+            )
+    return zoo.load_model(chosen), zoo.load_tokenizer(chosen), name or chosen
 
 
 def _load_policy(name: str | None) -> tuple[NAMM, str]:

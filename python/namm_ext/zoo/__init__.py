@@ -1,4 +1,4 @@
-"""Small models that come with the package, and the recipe that made them.
+"""Small language models that come with the package or are found beside it.
 
 Example:
     >>> from namm_ext import zoo
@@ -13,18 +13,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .converted import PACKAGED_MODELS, converted_folder, packaged_gguf
 from .corpus import SPLITS, load_documents
 
 DEFAULT_MODEL = "stdlib-1m"
 
 __all__ = [
     "DEFAULT_MODEL",
+    "PACKAGED_MODELS",
     "SPLITS",
     "bundled_models",
     "load_documents",
     "load_model",
     "load_tokenizer",
     "model_path",
+    "packaged_gguf",
 ]
 
 
@@ -34,21 +37,38 @@ def bundled_models() -> list[str]:
 
 
 def model_path(name: str = DEFAULT_MODEL) -> Path:
-    """The folder of a bundled model; any tool that reads Hugging Face folders can use it.
+    """The folder of a model; any tool that reads Hugging Face folders can use it.
+
+    Args:
+        name: one of :func:`bundled_models`; one of `PACKAGED_MODELS`, whose file another
+            package carries; a GGUF file; or a folder with a ``config.json``. GGUF files are
+            converted on first use and kept in the user's cache folder.
 
     Raises:
-        ValueError: if no bundled model is called ``name``.
+        ImportError: if the package that carries the model, or reads it, is not installed.
+        FileNotFoundError: if there is no such GGUF file.
+        ValueError: if ``name`` is none of these.
     """
-    if name not in bundled_models():
-        raise ValueError(f"name must be one of {bundled_models()}, got {name!r}")
-    return _models_folder() / name
+    if name in bundled_models():
+        return _models_folder() / name
+    if name in PACKAGED_MODELS:
+        return converted_folder(packaged_gguf(name))
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return converted_folder(path)
+    if (path / "config.json").is_file():
+        return path
+    names = ", ".join([*bundled_models(), *PACKAGED_MODELS])
+    raise ValueError(
+        f"name must be one of {names}, a GGUF file or a folder with a config.json, got {name!r}"
+    )
 
 
 def load_model(name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
-    """A bundled language model, on the CPU and in float32, ready to generate.
+    """A language model, on the CPU and in float32, ready to generate.
 
     Args:
-        name: one of :func:`bundled_models`.
+        name: as in :func:`model_path`.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
     """
     import torch
@@ -60,7 +80,7 @@ def load_model(name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
-    """The tokenizer of a bundled language model."""
+    """The tokenizer of a language model; ``name`` as in :func:`model_path`."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path(name))
