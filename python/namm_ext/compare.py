@@ -24,6 +24,7 @@ from torch import Tensor
 from . import baselines, tasks
 from .cache import NAMMCache, cache_keyword
 from .config import NAMMConfig
+from .corpus import load_documents
 from .evolution import evaluate_policy
 from .patching import remove
 from .policy import NAMM, Policy
@@ -176,8 +177,6 @@ class Workload:
         seeds = {"test": tasks.TEST_SEED, "validation": tasks.VALIDATION_SEED}
         if split not in seeds:
             raise ValueError(f"split must be 'test' or 'validation', got {split!r}")
-        from .zoo import load_documents
-
         documents = load_documents(split)
         examples = tasks.make_mixed_batch(
             (mix,),

@@ -30,13 +30,8 @@ from .compare import (
     namm_method,
     num_steps,
 )
-from .evolution import (
-    EvolveConfig,
-    EvolveResult,
-    evaluate_policy,
-    evolve,
-    validation_batches,
-)
+from .corpus import load_documents
+from .evolution import EvolveConfig, EvolveResult, RecordProblem, evolve
 from .policy import NAMM, Policy
 from .tables import chart, comparison_table, legend, verdict
 from .tasks import (
@@ -235,7 +230,7 @@ class _Live:
     def __init__(
         self, model: Any, tokenizer: Any, policy: NAMM, config: DemoConfig, output_dir: Path
     ) -> None:
-        self.model, self.tokenizer, self.demo = model, tokenizer, config
+        self.model, self.demo = model, config
         self.output_dir = output_dir
         budget = max(1, int(config.keep_fraction * config.evolve_length))
         self.config = EvolveConfig(
@@ -245,13 +240,18 @@ class _Live:
             generations=100_000,
             popsize=config.popsize,
             sigma0=0.3,
+            keep_fraction=config.keep_fraction,
+            validate_every=2,
+        )
+        self.problem = RecordProblem(
+            tokenizer,
+            load_documents("train"),
+            load_documents("validation"),
             lengths=(config.evolve_length,),
             num_examples=config.num_examples,
-            keep_fraction=config.keep_fraction,
-            text_weight=1.0,
-            validate_every=2,
             validation_lengths=(config.evolve_length,),
             num_validation=config.num_validation,
+            text_weight=1.0,
         )
         self.budget = budget
         self.levels: dict[str, float] = {}
@@ -290,7 +290,7 @@ class _Live:
 
             self.result = evolve(
                 self.model,
-                self.tokenizer,
+                self.problem,
                 self.config,
                 self.output_dir,
                 on_generation=on_generation,
@@ -298,14 +298,14 @@ class _Live:
             )
 
     def _measure_levels(self) -> None:
-        examples = validation_batches(self.tokenizer, self.config)[self.demo.evolve_length]
+        (batch,) = self.problem.validation_batches()
         policies: dict[str, Policy] = {FULL: Full()}
         policies |= {
             m.name: m.policy(self.budget) for m in baseline_methods(self.config.namm) if m.policy
         }
         policies["start"] = NAMM(self.config.namm)  # all scores equal: the newest tokens stay
         for name, policy in policies.items():
-            result = evaluate_policy(self.model, policy, examples)
+            result = self.problem.fitness(self.model, policy, batch)
             self.levels[name] = float(result.exact_match.mean())
         self.curve.append((0, self.levels.pop("start")))
 
@@ -329,6 +329,7 @@ class _Live:
         """Config, levels and curve, for JSON."""
         return {
             "config": self.config.to_dict(),
+            "problem": self.problem.settings(),
             "levels": self.levels,
             "curve": [{"generation": g, "exact_match": value} for g, value in self.curve],
             "generations": self.generations,

@@ -1,32 +1,31 @@
-"""Evolution of memories: population evaluation, CMA-ES search, checkpoints, the training loop."""
+"""Evolution of memories: problems, population evaluation, CMA-ES search, resumable runs."""
 
-from .evaluate import Evaluation, evaluate_policy, evaluate_population
+from .evaluate import Context, Evaluation, evaluate_policy, evaluate_population, read
 from .imitate import ImitateConfig, imitate
+from .own_data import JsonlProblem, TextProblem
+from .problem import PlainContext, Problem, SizedProblem, length_of
+from .records import RecordProblem
 from .search import DiagonalCMA
-from .train import (
-    EvolveConfig,
-    EvolveResult,
-    calibrate_statistics,
-    calibration_batch,
-    evolve,
-    training_batch,
-    validation_batches,
-    with_budget,
-)
+from .train import EvolveConfig, EvolveResult, calibrate_statistics, evolve
 
 __all__ = [
+    "Context",
     "DiagonalCMA",
     "Evaluation",
     "EvolveConfig",
     "EvolveResult",
     "ImitateConfig",
+    "JsonlProblem",
+    "PlainContext",
+    "Problem",
+    "RecordProblem",
+    "SizedProblem",
+    "TextProblem",
     "calibrate_statistics",
-    "calibration_batch",
     "evaluate_policy",
     "evaluate_population",
     "evolve",
     "imitate",
-    "training_batch",
-    "validation_batches",
-    "with_budget",
+    "length_of",
+    "read",
 ]

@@ -8,9 +8,9 @@ exact match is not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,87 +21,206 @@ from ..cache import NAMMCache, cache_keyword
 from ..policy import Policy
 from ..tasks import Example, TokenScores, score_tokens
 
+#: Rows x length that are read at a time.
+MAX_TOKENS = 16384
+
 #: Logits made at a time, in floats: they are far wider than the model and should stay in caches.
 _LOGITS = 1 << 21
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Per candidate (first axis) and example (second axis) results.
+class Context(Protocol):
+    """What is read: token ids, and the spans of answers, each to be predicted from all before it.
 
-    Attributes:
-        answer_ll: ``[P, E]`` mean log-likelihood per answer token, nats.
-        text_ll: ``[P, E]`` mean log-likelihood, nats, per token that is neither an answer nor a
-            record's random value.
-        exact_match: ``[P, E]`` share of an example's answers that are right in every token.
-        kept: ``[P, E]`` tokens kept after the last update / tokens seen up to it, mean over
-            layers and heads.
+    A span is a half-open range of token indices ``(start, stop)``.
     """
 
-    answer_ll: Tensor
-    text_ll: Tensor
-    exact_match: Tensor
-    kept: Tensor
+    @property
+    def input_ids(self) -> Sequence[int]: ...
 
-    def fitness(self, text_weight: float) -> Tensor:
-        """``[P]`` mean answer log-likelihood + ``text_weight`` x mean text log-likelihood."""
-        return self.answer_ll.mean(1) + text_weight * self.text_ll.mean(1)
+    @property
+    def answer_spans(self) -> Sequence[tuple[int, int]]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a population reached, per candidate (first axis) and context (second axis).
+
+    Attributes:
+        metrics: ``[P, E]`` float64 each, by name, such as ``exact_match`` (share of a context's
+            answers that are right in every token), ``answer_ll`` (mean log-likelihood per answer
+            token, nats) or ``text_ll`` (the same of the text). Logs and progress bars show the
+            first one.
+        kept: ``[P, E]`` tokens kept after the last update / tokens seen up to it, mean over
+            layers and heads.
+        weights: what each metric counts in the fitness; metrics without a weight do not count.
+    """
+
+    metrics: Mapping[str, Tensor]
+    kept: Tensor
+    weights: Mapping[str, float]
+
+    def fitness(self) -> Tensor:
+        """``[P]`` weighted sum of the means over the contexts; more is better."""
+        parts = [weight * self.metrics[name].mean(1) for name, weight in self.weights.items()]
+        return torch.stack(parts).sum(0)
+
+    @classmethod
+    def join(cls, evaluations: Sequence[Evaluation]) -> Evaluation:
+        """One evaluation of the contexts of all; candidates, metrics and weights are the same."""
+        first = evaluations[0]
+        return cls(
+            {name: torch.cat([e.metrics[name] for e in evaluations], 1) for name in first.metrics},
+            torch.cat([e.kept for e in evaluations], 1),
+            first.weights,
+        )
+
+    @property
+    def exact_match(self) -> Tensor:
+        return self.metrics["exact_match"]
+
+    @property
+    def answer_ll(self) -> Tensor:
+        return self.metrics["answer_ll"]
+
+    @property
+    def text_ll(self) -> Tensor:
+        return self.metrics["text_ll"]
+
+
+# What the scores of the tokens from index 1 on say about one context.
+Score = Callable[[NDArray[np.float64], NDArray[np.bool_], Any], dict[str, float]]
+
+
+def score_answers(
+    logprob: NDArray[np.float64], correct: NDArray[np.bool_], context: Context
+) -> dict[str, float]:
+    """``exact_match`` and ``answer_ll`` of a context.
+
+    Args:
+        logprob: ``[T - 1]`` log-likelihoods of the tokens from index 1 on, nats.
+        correct: ``[T - 1]`` whether each was the most probable one.
+        context: of T tokens.
+    """
+    is_answer = np.zeros_like(correct)
+    for start, stop in context.answer_spans:
+        is_answer[start - 1 : stop - 1] = True
+    right = [bool(correct[start - 1 : stop - 1].all()) for start, stop in context.answer_spans]
+    return {
+        "exact_match": sum(right) / len(right),
+        "answer_ll": float(logprob[is_answer].mean()),
+    }
+
+
+def score_records(
+    logprob: NDArray[np.float64], correct: NDArray[np.bool_], context: Example
+) -> dict[str, float]:
+    """As :func:`score_answers`, and ``text_ll`` of the tokens that are neither an answer nor a
+    record's random value."""
+    is_text = np.ones_like(correct)
+    for start, stop in (*context.answer_spans, *context.value_spans):
+        is_text[start - 1 : stop - 1] = False
+    answers = score_answers(logprob, correct, context)
+    return {**answers, "text_ll": float(logprob[is_text].mean())}
+
+
+def score_text(
+    logprob: NDArray[np.float64], correct: NDArray[np.bool_], context: Context
+) -> dict[str, float]:
+    """``text_ll`` of all tokens, and how many of them were the most probable ones."""
+    return {"text_ll": float(logprob.mean()), "right_tokens": float(correct.mean())}
+
+
+@torch.inference_mode()
+def read(
+    model: Any, policy: Policy, ids: Tensor, param_index: Tensor | None = None
+) -> tuple[Tensor, NAMMCache]:
+    """Read token ids through a fresh memory.
+
+    Args:
+        model: a causal language model of transformers that a ``NAMMCache`` works with.
+        policy: of the memory.
+        ids: ``[R, T]``.
+        param_index: ``[R]`` int32, the parameter vector of the bank each row reads; None for 0.
+
+    Returns:
+        ``[R, T, hidden]`` last hidden states, and the memory after them.
+    """
+    cache = NAMMCache(model, policy, param_index=param_index)
+    given = {cache_keyword(model.base_model): cache}
+    return model.base_model(ids, **given, use_cache=True).last_hidden_state, cache
 
 
 @torch.inference_mode()
 def evaluate_population(
     model: Any,
     policy: Policy,
-    examples: Sequence[Example],
+    contexts: Sequence[Any],
     num_candidates: int = 1,
     *,
-    max_tokens: int = 16384,
+    score: Score = score_records,
+    weights: Mapping[str, float] | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> Evaluation:
-    """Evaluate every candidate of a bank on every example.
+    """Evaluate every candidate of a bank on every context.
 
     Args:
         model: a causal language model of transformers that a ``NAMMCache`` works with.
         policy: ``NAMM`` with a bank of ``num_candidates`` parameter vectors, or any policy when
             ``num_candidates`` is 1.
-        examples: all of one length.
+        contexts: what ``score`` understands, with ``input_ids``; those of one length are read
+            together.
         num_candidates: P.
+        score: metrics of a context from the scores of its tokens.
+        weights: of the metrics in the fitness; ``answer_ll`` alone by default.
         max_tokens: rows x length per forward pass; bounds memory. Results depend on it by
             rounding only.
 
     Returns:
-        Evaluation: float64 tensors of shape ``[num_candidates, len(examples)]`` on the CPU.
+        Evaluation: float64 tensors of shape ``[num_candidates, len(contexts)]`` on the CPU.
 
     Raises:
-        ValueError: if there is no example or the lengths differ.
+        ValueError: if there is no context.
     """
-    lengths = sorted({len(example.input_ids) for example in examples})
-    if len(lengths) != 1:
-        raise ValueError(f"examples must be non-empty and of one length, got {lengths}")
-    device = model.device
-    all_ids = torch.tensor([example.input_ids for example in examples], device=device)
-    rows = [(p, e) for p in range(num_candidates) for e in range(len(examples))]
-    step = max(1, max_tokens // lengths[0])
-    results: list[tuple[float, float, float, float]] = []
-    for begin in range(0, len(rows), step):
-        part = rows[begin : begin + step]
-        index = torch.tensor([p for p, _ in part], dtype=torch.int32)
-        ids = all_ids[[e for _, e in part]]
-        cache = NAMMCache(model, policy, param_index=index)
-        given = {cache_keyword(model.base_model): cache}
-        hidden = model.base_model(ids, **given, use_cache=True).last_hidden_state
-        kept = cache.kept_fraction_per_row().tolist()
-        del cache
-        tokens = _score(model.get_output_embeddings(), hidden, ids)
-        logprob, correct = tokens.logprob.cpu().double().numpy(), tokens.correct.cpu().numpy()
-        for row, (_, e) in enumerate(part):
-            results.append((*_row_result(logprob[row], correct[row], examples[e]), kept[row]))
-    table = torch.tensor(results, dtype=torch.float64).view(num_candidates, len(examples), 4)
-    return Evaluation(*table.unbind(-1))
+    if not contexts:
+        raise ValueError("contexts must not be empty")
+    results: dict[tuple[int, int], dict[str, float]] = {}
+    for members in by_length(contexts).values():
+        rows = [(p, e) for p in range(num_candidates) for e in members]
+        step = max(1, max_tokens // len(contexts[members[0]].input_ids))
+        for begin in range(0, len(rows), step):
+            part = rows[begin : begin + step]
+            ids = torch.tensor([contexts[e].input_ids for _, e in part], device=model.device)
+            index = torch.tensor([p for p, _ in part], dtype=torch.int32)
+            hidden, cache = read(model, policy, ids, index)
+            kept = cache.kept_fraction_per_row().tolist()
+            del cache
+            tokens = _score(model.get_output_embeddings(), hidden, ids)
+            logprob, correct = tokens.logprob.cpu().double().numpy(), tokens.correct.cpu().numpy()
+            for row, (p, e) in enumerate(part):
+                metrics = score(logprob[row], correct[row], contexts[e])
+                results[p, e] = {**metrics, "kept": kept[row]}
+
+    def table(name: str) -> Tensor:
+        values = [
+            [results[p, e][name] for e in range(len(contexts))] for p in range(num_candidates)
+        ]
+        return torch.tensor(values, dtype=torch.float64)
+
+    tables = {name: table(name) for name in results[0, 0]}
+    return Evaluation(kept=tables.pop("kept"), metrics=tables, weights=weights or {"answer_ll": 1.0})
 
 
-def evaluate_policy(model: Any, policy: Policy, examples: Sequence[Example]) -> Evaluation:
-    """:func:`evaluate_population` for a single policy: ``[1, E]`` results."""
-    return evaluate_population(model, policy, examples)
+def evaluate_policy(model: Any, policy: Policy, contexts: Sequence[Any]) -> Evaluation:
+    """:func:`evaluate_population` of hidden records for a single policy: ``[1, E]`` results."""
+    return evaluate_population(model, policy, contexts)
+
+
+def by_length(contexts: Sequence[Context]) -> dict[int, list[int]]:
+    """Indices of the contexts of each length, in the order of their first ones."""
+    groups: dict[int, list[int]] = {}
+    for i, context in enumerate(contexts):
+        groups.setdefault(len(context.input_ids), []).append(i)
+    return groups
 
 
 def _score(head: Any, hidden: Tensor, ids: Tensor) -> TokenScores:
@@ -116,20 +235,4 @@ def _score(head: Any, hidden: Tensor, ids: Tensor) -> TokenScores:
     return TokenScores(
         torch.cat([part.logprob for part in parts]).view(shape),
         torch.cat([part.correct for part in parts]).view(shape),
-    )
-
-
-def _row_result(
-    logprob: NDArray[np.float64], correct: NDArray[np.bool_], example: Example
-) -> tuple[float, float, float]:
-    is_answer, is_text = np.zeros_like(correct), np.ones_like(correct)
-    for start, stop in example.answer_spans:
-        is_answer[start - 1 : stop - 1] = True
-    for start, stop in (*example.answer_spans, *example.value_spans):
-        is_text[start - 1 : stop - 1] = False
-    right = [bool(correct[start - 1 : stop - 1].all()) for start, stop in example.answer_spans]
-    return (
-        float(logprob[is_answer].mean()),
-        float(logprob[is_text].mean()),
-        sum(right) / len(right),
     )

@@ -12,36 +12,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..cache import NAMMCache, cache_keyword
 from ..config import NAMMConfig, layer_cache_size
 from ..patching import patch
 from ..policy import NAMM, Policy, UpdateContext
-from ..tasks import TRAIN_SEED, Example, make_mixed_batch
-from ..zoo import load_documents
-
-if TYPE_CHECKING:
-    from .train import EvolveConfig
+from .evaluate import Context, by_length, read
+from .problem import Problem, length_of
 
 
 @dataclass(frozen=True)
 class ImitateConfig:
-    """How the start is fitted; memory, task families and seed are those of the `EvolveConfig`.
+    """How the start is fitted.
 
     Attributes:
         rounds: how often the memory reads, evicting as the round before taught it; what was read
             before stays among the examples.
         steps: gradient steps per round.
-        lengths: tokens of the contexts.
-        num_tokens: tokens read per round and length.
+        num_tokens: tokens read per round and length of the contexts.
         batch_size: evictions per layer and step.
         learning_rate: of Adam at the start; it decays to zero (cosine).
         answer_weight: what attention from where an answer is predicted counts, relative to
@@ -51,7 +47,6 @@ class ImitateConfig:
 
     rounds: int = 4
     steps: int = 250
-    lengths: tuple[int, ...] = (1024, 2048)
     num_tokens: int = 49152
     batch_size: int = 8
     learning_rate: float = 5e-3
@@ -69,8 +64,6 @@ class ImitateConfig:
                 raise ValueError(
                     f"ImitateConfig: {name} must be positive, got {getattr(self, name)}"
                 )
-        if not self.lengths:
-            raise ValueError(f"ImitateConfig: lengths must not be empty, got {self.lengths}")
         if not all(0 <= weight < math.inf for weight in self.layer_weights or ()):
             raise ValueError(
                 "ImitateConfig: layer_weights must not be negative, one per layer, "
@@ -93,15 +86,19 @@ class _Choice:
 
 def imitate(
     model: Any,
-    tokenizer: Any,
-    config: EvolveConfig,
+    problem: Problem,
+    namm: NAMMConfig,
     imitation: ImitateConfig,
     mean: Tensor,
     var: Tensor,
     *,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    keep_fraction: float,
+    seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+    on_step: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_state: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Tensor:
-    """Fit the scorer of ``config.namm`` to keep the tokens that later queries attend to.
+    """Fit a scorer to keep the tokens that later queries attend to.
 
     With y the attention a token will get, relative to the mean of those it competes with, its loss
     is ``y softplus(-score) + softplus(score)``: least at score = log y. So a score predicts the
@@ -109,12 +106,18 @@ def imitate(
 
     Args:
         model: a causal language model of transformers with the "eager" attention.
-        tokenizer: of that model.
-        config: memory, families and records of the contexts, budget and seed.
+        problem: whose contexts are read (``fit_batches``).
+        namm: of the memory.
         imitation: how to fit.
         mean, var: ``[17]`` statistics of the features (:func:`calibrate_statistics`).
+        keep_fraction: budget of a context = this share of its tokens per head.
+        seed: of the start and of all draws.
+        state: what ``on_state`` was given last; the fit goes on from there, bit for bit. What the
+            rounds so far have read is read again.
         on_step: called with ``round``, ``step`` and mean ``loss``, at step 0 of every round and
             then every 50 steps.
+        on_state: called with a state, arrays by name, every 50 steps and when the fit is
+            interrupted by any exception.
 
     Returns:
         ``[num_params]`` float32: ``x0`` for :func:`evolve`.
@@ -123,60 +126,139 @@ def imitate(
         ValueError: if the contexts fit into the budget, so that nothing is ever evicted, or
             ``layer_weights`` are not one per layer.
     """
-    num_layers = model.config.num_hidden_layers
-    counts = imitation.layer_weights or config.namm.layer_shares or (1.0,) * num_layers
-    if len(counts) != num_layers:
-        raise ValueError(
-            f"imitate: layer_weights must have {num_layers} entries, one per layer, got {counts}"
-        )
-    generator = torch.Generator().manual_seed(config.seed)
-    params = _random_start(config.namm, generator).requires_grad_()
-    policy = NAMM(config.namm, params.detach().clone(), mean, var)
-    optimiser = torch.optim.Adam([params], lr=imitation.learning_rate)
-    total_steps = imitation.rounds * imitation.steps
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total_steps)
-    layers: dict[int, list[_Choice]] = {}
-    for round_ in range(imitation.rounds):
-        if on_step:
-            on_step({"round": round_ + 1, "step": 0, "loss": None})
-        for number, length in enumerate(imitation.lengths):
-            reader = copy.copy(policy)
-            reader.config = config.namm.replace(cache_size=config.cache_size(length))
-            examples = make_mixed_batch(
-                config.mixes,
-                config.families,
-                tokenizer,
-                load_documents("train"),
-                length=length,
-                seed=(TRAIN_SEED, config.seed, 1, round_, number),
-                batch_size=max(1, imitation.num_tokens // length),
+    fit = _Fit(model, problem, namm, imitation, mean, var, keep_fraction, seed)
+    if state is not None:
+        fit.load(state)
+    try:
+        fit.run(on_step, on_state)
+    except BaseException:
+        if fit.saved is not None:
+            on_state(fit.saved)
+        raise
+    return fit.params.detach().clone()
+
+
+class _Fit:
+    """A fit under way. ``saved`` is the state after the last whole step."""
+
+    def __init__(
+        self,
+        model: Any,
+        problem: Problem,
+        namm: NAMMConfig,
+        imitation: ImitateConfig,
+        mean: Tensor,
+        var: Tensor,
+        keep_fraction: float,
+        seed: int,
+    ) -> None:
+        self.model, self.problem, self.namm, self.imitation = model, problem, namm, imitation
+        self.mean, self.var, self.keep_fraction, self.seed = mean, var, keep_fraction, seed
+        num_layers = model.config.num_hidden_layers
+        self.counts = imitation.layer_weights or namm.layer_shares or (1.0,) * num_layers
+        if len(self.counts) != num_layers:
+            raise ValueError(
+                f"imitate: layer_weights must have {num_layers} entries, one per layer, "
+                f"got {self.counts}"
             )
-            for choice in _read(model, reader, examples, imitation.answer_weight):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.params = _random_start(namm, self.generator).requires_grad_()
+        self.optimiser = torch.optim.Adam([self.params], lr=imitation.learning_rate)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimiser, imitation.rounds * imitation.steps
+        )
+        self.starts: list[Tensor] = []  # of the rounds so far: what the memory read with
+        self.step, self.total = 0, 0.0  # of this round; the sum of losses since the last report
+        self.saved: dict[str, Any] | None = None
+
+    def run(
+        self,
+        on_step: Callable[[dict[str, Any]], None],
+        on_state: Callable[[dict[str, Any]], None],
+    ) -> None:
+        layers: dict[int, list[_Choice]] = {}
+        for round_ in range(self.imitation.rounds):
+            if round_ == len(self.starts):
+                self.starts.append(self.params.detach().clone())
+                self.step, self.total = 0, 0.0
+            on_step({"round": round_ + 1, "step": 0, "loss": None})
+            self._read_round(round_, layers)
+            if round_ + 1 < len(self.starts):  # fitted before the interruption
+                continue
+            for step in range(self.step + 1, self.imitation.steps + 1):
+                self._step(layers)
+                self.step = step
+                mean_loss = self.total / 50
+                if step % 50 == 0:
+                    self.total = 0.0
+                self.saved = self._state()
+                if step % 50 == 0:
+                    on_state(self.saved)
+                    on_step({"round": round_ + 1, "step": step, "loss": mean_loss})
+
+    def _read_round(self, round_: int, layers: dict[int, list[_Choice]]) -> None:
+        """Add what there was to choose in the contexts of a round."""
+        policy = NAMM(self.namm, self.starts[round_], self.mean, self.var)
+        batches = self.problem.fit_batches(self.seed, round_, self.imitation.num_tokens)
+        for batch in batches:
+            cache_size = max(1, int(self.keep_fraction * length_of(batch)))
+            reader = copy.copy(policy)
+            reader.config = self.namm.replace(cache_size=cache_size)
+            for choice in _read(self.model, reader, batch, self.imitation.answer_weight):
                 layers.setdefault(choice.layer, []).append(choice)
         if not layers:
+            lengths = sorted({length_of(batch) for batch in batches})
             raise ValueError(
-                "imitate: lengths must be long enough for evictions, got "
-                f"{imitation.lengths} with keep_fraction {config.keep_fraction}"
+                "imitate: contexts must be long enough for evictions, got lengths "
+                f"{lengths} with keep_fraction {self.keep_fraction}"
             )
         for choices in layers.values():
             choices.sort(key=lambda choice: choice.size)
-        total = 0.0
-        for step in range(1, imitation.steps + 1):
-            loss = torch.zeros(())
-            place = float(torch.rand((), generator=generator))
-            for layer, choices in layers.items():
-                some = _draw(choices, place, imitation.batch_size, generator)
-                loss = loss + counts[layer] * _loss(config.namm, params, some)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            total += float(loss.detach()) / len(layers)
-            if on_step and step % 50 == 0:
-                on_step({"round": round_ + 1, "step": step, "loss": total / 50})
-                total = 0.0
-        policy = NAMM(config.namm, params.detach().clone(), mean, var)
-    return params.detach().clone()
+
+    def _step(self, layers: Mapping[int, Sequence[_Choice]]) -> None:
+        """One gradient step."""
+        loss = torch.zeros(())
+        place = float(torch.rand((), generator=self.generator))
+        for layer, choices in layers.items():
+            some = _draw(choices, place, self.imitation.batch_size, self.generator)
+            loss = loss + self.counts[layer] * _loss(self.namm, self.params, some)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        self.schedule.step()
+        self.total += float(loss.detach()) / len(layers)
+
+    def _state(self) -> dict[str, Any]:
+        adam = self.optimiser.state[self.params]
+        return {
+            "starts": torch.stack(self.starts).numpy(),
+            "params": self.params.detach().clone().numpy(),
+            "exp_avg": adam["exp_avg"].clone().numpy(),
+            "exp_avg_sq": adam["exp_avg_sq"].clone().numpy(),
+            "rate": np.array(self.schedule.get_last_lr()[0]),
+            "step": np.array(self.step),
+            "total": np.array(self.total),
+            "generator": self.generator.get_state().numpy(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `_state` gave."""
+        self.starts = list(torch.from_numpy(state["starts"]))
+        self.step, self.total = int(state["step"]), float(state["total"])
+        steps = (len(self.starts) - 1) * self.imitation.steps + self.step
+        self.params.data.copy_(torch.from_numpy(state["params"]))
+        self.optimiser.state[self.params] = {
+            "step": torch.tensor(float(steps)),
+            "exp_avg": torch.from_numpy(state["exp_avg"]).clone(),
+            "exp_avg_sq": torch.from_numpy(state["exp_avg_sq"]).clone(),
+        }
+        rate = float(state["rate"])
+        self.schedule.load_state_dict(
+            {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": [rate]}
+        )
+        self.optimiser.param_groups[0]["lr"] = rate
+        self.generator.set_state(torch.from_numpy(state["generator"]))
+        self.saved = dict(state)
 
 
 def _random_start(config: NAMMConfig, generator: torch.Generator) -> Tensor:
@@ -266,28 +348,28 @@ class _Recorder(Policy):
 
 
 def _read(
-    model: Any, policy: NAMM, examples: Sequence[Example], answer_weight: float
+    model: Any, policy: NAMM, examples: Sequence[Context], answer_weight: float
 ) -> list[_Choice]:
     """What there was to choose in a part of the updates; few rows at a time bound the memory."""
-    length, n_up = len(examples[0].input_ids), policy.n_up
-    rows = max(1, 4096 // length)
-    parts = [examples[i : i + rows] for i in range(0, len(examples), rows)]
+    parts = []
+    for length, members in by_length(examples).items():
+        rows = max(1, 4096 // length)
+        same = [examples[i] for i in members]
+        parts += [same[i : i + rows] for i in range(0, len(same), rows)]
     seen: list[list[_Seen]] = []
     recorder = _Recorder(policy)
-    with patch(model, recorder), torch.inference_mode():
+    with patch(model, recorder):
         for part in parts:
             recorder.seen = []
             ids = torch.tensor([example.input_ids for example in part], device=model.device)
-            cache = NAMMCache(model, recorder)
-            given = {cache_keyword(model.base_model): cache}
-            model.base_model(ids, **given, use_cache=True)
+            read(model, recorder, ids)
             seen.append(recorder.seen)
     choices: list[_Choice] = []
-    futures = _future_attention(model, parts, n_up, answer_weight)
-    for some, future in zip(seen, futures, strict=True):
+    futures = _future_attention(model, parts, policy.n_up, answer_weight)
+    for part, some, future in zip(parts, seen, futures, strict=True):
         for s in some:
-            if s.num_tokens < length:  # nobody asks after the end
-                wanted = future[s.layer, s.row, :, s.num_tokens // n_up]
+            if s.num_tokens < len(part[s.row].input_ids):  # nobody asks after the end
+                wanted = future[s.layer, s.row, :, s.num_tokens // policy.n_up]
                 choices += _choices(policy, s, wanted)
     return choices
 
@@ -319,7 +401,7 @@ def _choices(policy: NAMM, seen: _Seen, wanted: Tensor) -> Iterator[_Choice]:
 
 
 def _future_attention(
-    model: Any, parts: Sequence[Sequence[Example]], n_up: int, answer_weight: float
+    model: Any, parts: Sequence[Sequence[Context]], n_up: int, answer_weight: float
 ) -> Iterator[Tensor]:
     """``[L, B, H, U, T]``: attention each token gets from the queries ``u n_up`` and later."""
     before = model.config._attn_implementation
@@ -341,7 +423,7 @@ def _future_attention(
 
 
 def _credit(
-    attn: Tensor, examples: Sequence[Example], config: Any, n_up: int, answer_weight: float
+    attn: Tensor, examples: Sequence[Context], config: Any, n_up: int, answer_weight: float
 ) -> Tensor:
     """``[B, Hq, T, T]`` attention -> ``[B, H, U, T]`` sums over later queries."""
     attn = reference.group_mean(attn, attn.shape[1] // config.num_key_value_heads)

@@ -9,38 +9,31 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import NAMMConfig
 from ..patching import patch
-from ..policy import NAMM, StatisticsCalibrator
-from ..tasks import (
-    EVOLUTION_FAMILIES,
-    STATED_ONCE,
-    TRAIN_SEED,
-    VALIDATION_SEED,
-    Example,
-    RecordMix,
-    make_mixed_batch,
-)
-from ..zoo import load_documents
-from .evaluate import evaluate_policy, evaluate_population
+from ..policy import NAMM, Policy, StatisticsCalibrator
+from .evaluate import MAX_TOKENS, Context, Evaluation, by_length, read
+from .fingerprint import hash_model, hash_values
 from .imitate import ImitateConfig, imitate
+from .problem import Problem, length_of, num_tokens_of
+from .run_folder import FIT_FILE, STATE_FILE, RunFolder
 from .search import DiagonalCMA
-
-CONFIG_FILE, STATE_FILE, LOG_FILE, POLICY_DIR = "config.json", "state.npz", "log.jsonl", "policy"
 
 
 @dataclass(frozen=True)
 class EvolveConfig:
-    """Everything an evolution depends on besides the model.
+    """How to search, whatever the problem.
 
     Attributes:
         namm: of the memory; its ``cache_size`` is set per batch from ``keep_fraction``.
@@ -48,16 +41,8 @@ class EvolveConfig:
         popsize: candidates per generation.
         sigma0: initial step size of CMA-ES.
         seed: of the search and of the training batches.
-        lengths: context lengths in tokens; generation g uses ``lengths[g % len(lengths)]``.
-        num_examples: examples per generation, the same ones for all candidates.
-        mixes: records hidden in one example; the examples of a batch take equal parts of each.
-        families: task families of the training and validation examples.
         keep_fraction: budget of a context = this share of its tokens per head.
-        text_weight: weight of the text log-likelihood beside the answers' in the fitness.
         validate_every: generations between two validations of the mean.
-        validation_lengths: tokens of the validation examples: long contexts, because a memory that
-            is best on short ones can be the worst on long ones.
-        num_validation: validation examples of each length.
         imitation: how to fit the start of the search by gradient (:func:`imitate`); None starts at
             zero, where a memory keeps the newest tokens.
     """
@@ -77,74 +62,32 @@ class EvolveConfig:
     popsize: int = 16
     sigma0: float = 0.065
     seed: int = 0
-    lengths: tuple[int, ...] = (256, 512, 1024)
-    num_examples: int = 8
-    mixes: tuple[RecordMix, ...] = (STATED_ONCE,)
-    families: tuple[str, ...] = EVOLUTION_FAMILIES
     keep_fraction: float = 0.25
-    text_weight: float = 4.0
     validate_every: int = 10
-    validation_lengths: tuple[int, ...] = (1024,)
-    num_validation: int = 32
     imitation: ImitateConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            *("generations", "popsize", "num_examples"),
-            *("validate_every", "num_validation"),
+        for name, least in (
+            *(("generations", 1), ("popsize", 2), ("seed", 0)),
+            ("validate_every", 1),
         ):
-            least = 2 if name == "popsize" else 1
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"EvolveConfig: {name} must be at least {least}, got {getattr(self, name)}"
-                )
-        most = min(self.num_examples, self.num_validation)
-        if not 1 <= len(self.mixes) <= most:
-            raise ValueError(
-                f"EvolveConfig: mixes must have 1 to {most} entries, one example of each in every "
-                f"batch, got {len(self.mixes)}"
-            )
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"EvolveConfig: {name} must be at least {least}, got {value}")
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(
                 f"EvolveConfig: keep_fraction must be in (0, 1], got {self.keep_fraction}"
             )
         if not 0 < self.sigma0 < np.inf:
             raise ValueError(f"EvolveConfig: sigma0 must be positive, got {self.sigma0}")
-        both = self.lengths and self.validation_lengths
-        shortest = min((*self.lengths, *self.validation_lengths)) if both else 0
-        if shortest < 2 * self.namm.n_up:
-            raise ValueError(
-                f"EvolveConfig: lengths must be at least 2 * n_up = {2 * self.namm.n_up} tokens, "
-                f"got {shortest}"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "namm": self.namm.to_dict()}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EvolveConfig:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            TypeError: for an unknown key.
-            ValueError: for a value out of range.
-        """
-        values = _tuples(values)
-        if "mixes" in values:
-            values["mixes"] = tuple(RecordMix(**mix) for mix in values["mixes"])
-        if values.get("imitation") is not None:
-            values["imitation"] = ImitateConfig(**_tuples(values["imitation"]))
-        return cls(**{**values, "namm": NAMMConfig.from_dict(values["namm"])})
-
     def cache_size(self, length: int) -> int:
         """Tokens a head may keep of a context of ``length`` tokens."""
         return max(1, int(self.keep_fraction * length))
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the configurations have tuples."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -162,93 +105,54 @@ class EvolveResult:
     log: list[dict[str, Any]]
 
 
-def with_budget(policy: NAMM, cache_size: int) -> NAMM:
-    """The same memory under another budget, in tokens per head."""
-    return policy.with_config(cache_size=cache_size)
-
-
-def calibration_batch(tokenizer: Any, config: EvolveConfig) -> list[Example]:
-    """What the statistics of the features are taken from; training documents."""
-    seed = (TRAIN_SEED, config.seed, 0)
-    length = max(config.validation_lengths)
-    return _batch(tokenizer, config, "train", seed, length, config.num_examples)
-
-
-def training_batch(tokenizer: Any, config: EvolveConfig, generation: int) -> list[Example]:
-    """What all candidates of a generation (from 0) are evaluated on; training documents."""
-    length = config.lengths[generation % len(config.lengths)]
-    seed = (TRAIN_SEED, config.seed, generation + 1)
-    return _batch(tokenizer, config, "train", seed, length, config.num_examples)
-
-
-def validation_batches(tokenizer: Any, config: EvolveConfig) -> dict[int, list[Example]]:
-    """What decides which mean is kept, by length: validation documents, the same for every seed."""
-    return {
-        length: _batch(
-            tokenizer, config, "validation", (VALIDATION_SEED,), length, config.num_validation
-        )
-        for length in config.validation_lengths
-    }
-
-
-def _batch(
-    tokenizer: Any,
-    config: EvolveConfig,
-    split: str,
-    seed: tuple[int, ...],
-    length: int,
-    size: int,
-) -> list[Example]:
-    return make_mixed_batch(
-        config.mixes,
-        config.families,
-        tokenizer,
-        load_documents(split),
-        length=length,
-        seed=seed,
-        batch_size=size,
-    )
-
-
 def calibrate_statistics(
-    model: Any, config: NAMMConfig, examples: Sequence[Example]
+    model: Any, config: NAMMConfig, contexts: Sequence[Context]
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of the spectral features over a pass in which nothing is evicted.
 
     Args:
-        examples: of one length.
+        contexts: what to read; those of one length are read together.
 
     Returns:
         ``mean [17]`` and ``var [17]``, float32 (spec section 4).
     """
     calibrator = StatisticsCalibrator(config)
     with patch(model, calibrator):
-        evaluate_policy(model, calibrator, examples)
+        for length, members in by_length(contexts).items():
+            ids = torch.tensor([contexts[i].input_ids for i in members], device=model.device)
+            for rows in ids.split(max(1, MAX_TOKENS // length)):
+                read(model, calibrator, rows)
     return calibrator.mean, calibrator.var
 
 
 def evolve(
     model: Any,
-    tokenizer: Any,
+    problem: Problem,
     config: EvolveConfig,
     output_dir: str | os.PathLike[str] | None = None,
     *,
     x0: Tensor | None = None,
-    on_imitation: Callable[[dict[str, Any]], None] | None = None,
-    on_generation: Callable[[dict[str, Any]], None] | None = None,
+    policy_of: Callable[[Tensor], Policy] | None = None,
+    on_imitation: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_generation: Callable[[dict[str, Any]], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> EvolveResult:
     """Evolve a memory for ``model`` and keep the one that validates best.
 
-    A run whose ``output_dir`` holds a state is resumed from it; ``KeyboardInterrupt`` at any moment
-    loses at most the generation under way.
+    A run whose ``output_dir`` holds a state is resumed from it, also within the fit of its start.
+    ``KeyboardInterrupt`` at any moment loses at most the generation, or the step of the fit, under
+    way.
 
     Args:
         model: a causal language model of transformers.
-        tokenizer: of that model.
-        config: see `EvolveConfig`.
+        problem: what to read, and what is good: `RecordProblem`, `TextProblem`, `JsonlProblem` or
+            one's own `Problem`.
+        config: how to search.
         output_dir: where state, log and policy go; None keeps everything in memory.
-        x0: ``[num_params]`` initial mean; None takes what ``config.imitation`` says.
+        x0: ``[n]`` initial mean; None takes what ``config.imitation`` says.
+        policy_of: makes the memory of candidates ``[P, n]`` float32, or of one ``[n]``, so that
+            something else than the scorer can be evolved; needs ``x0``, and n is its size. None is
+            the `NAMM` of ``config.namm`` with statistics of the problem's ``calibration_batch``.
         on_imitation: called while the start is fitted, as ``on_step`` of :func:`imitate`.
         on_generation: called with the log record of each generation.
         should_stop: asked before each generation.
@@ -257,17 +161,50 @@ def evolve(
         EvolveResult: the best policy, also saved under ``output_dir / "policy"``.
 
     Raises:
-        ValueError: if ``output_dir`` holds a run with another configuration or a damaged state.
+        ValueError: if ``output_dir`` holds a run of something else or a damaged state, settings do
+            not fit the model or the problem, or a fitness is not finite.
+
+    Example:
+        `TextProblem` has one of ten lines.
     """
-    folder = Path(output_dir) if output_dir is not None else None
-    run = _Run(model, tokenizer, config, folder, x0, on_imitation)
-    with patch(model, run.policy):
-        run.validate_start()
-        while run.search.generation < config.generations and not should_stop():
-            record = run.step()
-            if on_generation:
-                on_generation(record)
-        return run.result()
+    _check(model, problem, config, x0, policy_of)
+    with nullcontext() if output_dir is None else RunFolder(output_dir) as folder:
+        run = _Run(model, problem, config, folder, x0, policy_of)
+        run.start(on_imitation)
+        with patch(model, run.policy()):
+            run.validate_start()
+            while run.search.generation < config.generations and not should_stop():
+                on_generation(run.step())
+            return run.result()
+
+
+def _check(
+    model: Any,
+    problem: Problem,
+    config: EvolveConfig,
+    x0: Tensor | None,
+    policy_of: Callable[[Tensor], Policy] | None,
+) -> None:
+    """What can be known to be wrong is said before anything is read."""
+    if policy_of is not None and (x0 is None or config.imitation is not None):
+        raise ValueError("evolve: policy_of needs an x0, and no imitation, which fits a NAMM")
+    if x0 is not None:
+        n = x0.shape[0] if policy_of is not None and x0.ndim == 1 else config.namm.num_params
+        if tuple(x0.shape) != (n,) or not bool(x0.isfinite().all()):
+            raise ValueError(f"evolve: x0 must be [{n}] and finite, got {list(x0.shape)}")
+    shortest = min(problem.context_lengths)
+    if shortest < 2 * config.namm.n_up:
+        raise ValueError(
+            f"evolve: contexts must have at least 2 * n_up = {2 * config.namm.n_up} tokens, "
+            f"got {shortest}"
+        )
+    num_layers = model.config.num_hidden_layers
+    weights = config.imitation.layer_weights if config.imitation else None
+    for name, values in (("layer_shares", config.namm.layer_shares), ("layer_weights", weights)):
+        if values is not None and len(values) != num_layers:
+            raise ValueError(
+                f"evolve: {name} must have {num_layers} entries, one per layer, got {values}"
+            )
 
 
 class _Run:
@@ -276,160 +213,185 @@ class _Run:
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        problem: Problem,
         config: EvolveConfig,
-        folder: Path | None,
+        folder: RunFolder | None,
         x0: Tensor | None,
-        on_imitation: Callable[[dict[str, Any]], None] | None,
+        policy_of: Callable[[Tensor], Policy] | None,
     ) -> None:
-        self.model, self.tokenizer, self.config, self.folder = model, tokenizer, config, folder
-        n = config.namm.num_params
-        if x0 is not None and (tuple(x0.shape) != (n,) or not bool(x0.isfinite().all())):
-            raise ValueError(f"evolve: x0 must be [{n}] and finite, got {list(x0.shape)}")
+        self.model, self.problem, self.config, self.folder = model, problem, config, folder
+        self.x0, self.policy_of = x0, policy_of
         self.log: list[dict[str, Any]] = []
-        self.validation = validation_batches(tokenizer, config)
-        if folder is not None and (folder / STATE_FILE).exists():
-            self._resume(folder, x0)
+        self.mean, self.var = torch.zeros(17), torch.ones(17)
+        self.validation = problem.validation_batches()
+
+    def start(self, on_imitation: Callable[[dict[str, Any]], None]) -> None:
+        """Begin, or go on where the folder's run was."""
+        if self.folder is not None:
+            self.folder.check(self._description())
+            state = self.folder.load(STATE_FILE, _STATE_KEYS)
+            if state is not None:
+                self._resume(state, self.folder.path / STATE_FILE)
+                return
+        x0 = self.x0
+        if self.policy_of is None:
+            x0 = self._fitted_start(on_imitation)
+        assert x0 is not None  # `_check`
+        self._begin(x0.detach().cpu().double().numpy())
+        if self.folder is not None:
+            self.folder.rewrite_log([])
+            self._save()
+            self.folder.remove(FIT_FILE)
+
+    def _description(self) -> dict[str, Any]:
+        """What may not differ when a run goes on."""
+        settings = self.config.to_dict()
+        del settings["generations"]
+        return {
+            **settings,
+            "x0": None if self.x0 is None else hash_values(self.x0.double().tolist()),
+            "problem": self.problem.settings(),
+            "fingerprint": {"model": hash_model(self.model), **self.problem.fingerprint()},
+        }
+
+    def _fitted_start(self, on_imitation: Callable[[dict[str, Any]], None]) -> Tensor:
+        """Statistics, and the start that the configuration asks for."""
+        state = None if self.folder is None else self.folder.load(FIT_FILE, _FIT_KEYS)
+        if state is None:
+            batch = self.problem.calibration_batch(self.config.seed)
+            self.mean, self.var = calibrate_statistics(self.model, self.config.namm, batch)
+            self._save_fit({})
         else:
-            self.mean, self.var = calibrate_statistics(
-                model, config.namm, calibration_batch(tokenizer, config)
-            )
-            if x0 is None and config.imitation is not None:
-                x0 = imitate(
-                    *(model, tokenizer, config, config.imitation, self.mean, self.var),
-                    on_step=on_imitation,
-                )
-            self._begin(torch.zeros(n) if x0 is None else x0)
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                _write_text(folder / CONFIG_FILE, _json(config.to_dict()))
-                _write_text(folder / LOG_FILE, "")
-                self._save()
-        self.policy = self._policy(torch.from_numpy(self.best_params))
-
-    def _begin(self, x0: Tensor) -> None:
-        self.start = x0.detach().cpu().double().numpy()
-        self.search = DiagonalCMA(
-            self.start, self.config.sigma0, self.config.popsize, self.config.seed
+            self.mean = torch.from_numpy(state["feature_mean"])
+            self.var = torch.from_numpy(state["feature_var"])
+        if self.x0 is not None:
+            return self.x0
+        if self.config.imitation is None:
+            return torch.zeros(self.config.namm.num_params)
+        return imitate(
+            *(self.model, self.problem, self.config.namm, self.config.imitation),
+            *(self.mean, self.var),
+            keep_fraction=self.config.keep_fraction,
+            seed=self.config.seed,
+            state=state if state is not None and "params" in state else None,
+            on_step=on_imitation,
+            on_state=self._save_fit,
         )
-        self.best_params, self.best_value, self.best_generation = self.start, -np.inf, 0
 
-    def _policy(self, params: Tensor, length: int | None = None) -> NAMM:
-        """With the budget of a length; of the first validation length by default."""
-        length = self.config.validation_lengths[0] if length is None else length
-        namm = self.config.namm.replace(cache_size=self.config.cache_size(length))
-        return NAMM(namm, params.float(), self.mean, self.var)
+    def _save_fit(self, state: Mapping[str, Any]) -> None:
+        if self.folder is not None:
+            statistics = {"feature_mean": self.mean.numpy(), "feature_var": self.var.numpy()}
+            self.folder.save(FIT_FILE, {**state, **statistics})
+
+    def _begin(self, x0: NDArray[np.float64]) -> None:
+        config = self.config
+        self.first = x0
+        self.search = DiagonalCMA(x0, config.sigma0, config.popsize, config.seed)
+        self.best_params, self.best_value, self.best_generation = x0, -np.inf, 0
+
+    def policy(self, params: NDArray[np.float64] | None = None, length: int | None = None) -> Any:
+        """With the budget of a length, of the first validation batch's by default; the best one
+        by default."""
+        length = length_of(self.validation[0]) if length is None else length
+        vectors = torch.from_numpy(self.best_params if params is None else params).float()
+        if self.policy_of is not None:
+            policy: Any = self.policy_of(vectors)
+        else:
+            policy = NAMM(self.config.namm, vectors, self.mean, self.var)
+        return policy.with_config(cache_size=self.config.cache_size(length))
 
     def step(self) -> dict[str, Any]:
         """One generation: ask, evaluate, tell, maybe validate, save."""
         config, generation = self.config, self.search.generation
         began = time.perf_counter()
-        examples = training_batch(self.tokenizer, config, generation)
-        length = len(examples[0].input_ids)
-        candidates = torch.from_numpy(self.search.ask())
-        result = evaluate_population(
-            self.model, self._policy(candidates, length), examples, config.popsize
-        )
-        fitness = result.fitness(config.text_weight)
-        self.search.tell(fitness.tolist())
+        batch = self.problem.training_batch(config.seed, generation)
+        length = length_of(batch)
+        policy = self.policy(self.search.ask(), length)
+        result = self.problem.fitness(self.model, policy, batch, config.popsize)
+        fitness = result.fitness()
+        try:
+            self.search.tell(fitness.tolist())
+        except ValueError as error:
+            raise ValueError(f"evolve: generation {generation + 1}: {error}") from error
         best = int(fitness.argmax())
+        name, shown = next(iter(result.metrics.items()))
         record = {
             "generation": self.search.generation,
             "length": length,
             "fitness_best": float(fitness.max()),
             "fitness_mean": float(fitness.mean()),
-            "exact_match_best": float(result.exact_match[best].mean()),
-            "exact_match_mean": float(result.exact_match.mean()),
+            f"{name}_best": float(shown[best].mean()),
+            f"{name}_mean": float(shown.mean()),
             "kept": float(result.kept.mean()),
             "sigma": self.search.sigma,
-            "tokens": length * config.num_examples * config.popsize,
+            "tokens": num_tokens_of(batch) * config.popsize,
         }
         if self.search.generation % config.validate_every == 0:
             record |= self._validate()
         record["seconds"] = round(time.perf_counter() - began, 3)
-        self.log.append(record)
-        self._save()
+        self._note(record)
         return record
 
     def validate_start(self) -> None:
         """A start that is not zero may be the best there will be; it is generation 0 of the log."""
-        if not self.log and self.start.any():
-            self.log.append({"generation": 0, **self._validate()})
-            self._save()
+        if not self.log and self.first.any():
+            self._note({"generation": 0, **self._validate()})
+
+    def _note(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if not np.isfinite(value):
+                raise ValueError(
+                    f"evolve: {name} must be finite, got {value} in generation "
+                    f"{record['generation']}"
+                )
+        self.log.append(record)
+        self._save()
+        if self.folder is not None:
+            self.folder.append_to_log(record)
 
     def _validate(self) -> dict[str, float]:
-        mean = torch.from_numpy(self.search.mean)
+        mean = self.search.mean.copy()
         results = [
-            evaluate_policy(self.model, self._policy(mean, length), examples)
-            for length, examples in self.validation.items()
+            self.problem.fitness(self.model, self.policy(mean, length_of(batch)), batch)
+            for batch in self.validation
         ]
-
-        def average(values: list[Tensor]) -> float:
-            return float(torch.cat(values, 1).mean())
-
-        text_ll = average([result.text_ll for result in results])
-        answer_ll = average([result.answer_ll for result in results])
-        value = answer_ll + self.config.text_weight * text_ll
+        result = Evaluation.join(results)
+        value = float(result.fitness())
         if value > self.best_value:
-            self.best_params, self.best_value = self.search.mean.copy(), value
+            self.best_params, self.best_value = mean, value
             self.best_generation = self.search.generation
-            if self.folder is not None:
-                self._policy(mean).save_pretrained(self.folder / POLICY_DIR)
-        return {
-            "validation_fitness": value,
-            "validation_exact_match": average([result.exact_match for result in results]),
-            "validation_answer_ll": answer_ll,
-            "validation_text_ll": text_ll,
-        }
+            self._save_policy()
+        metrics = {f"validation_{k}": float(v.mean()) for k, v in result.metrics.items()}
+        return {"validation_fitness": value, **metrics}
 
     def result(self) -> EvolveResult:
         """The best of the validated means; the current one if none was."""
         if self.best_value == -np.inf and self.search.generation:
             self._validate()
-        policy = self._policy(torch.from_numpy(self.best_params))
+        self._save_policy()
+        return EvolveResult(self.policy(), self.best_generation, self.log)
+
+    def _save_policy(self) -> None:
         if self.folder is not None:
-            policy.save_pretrained(self.folder / POLICY_DIR)
-        return EvolveResult(policy, self.best_generation, self.log)
+            self.policy().save_pretrained(self.folder.policy)
 
     def _save(self) -> None:
-        if self.folder is None:
-            return
-        temporary = self.folder / f".{STATE_FILE}"
-        with open(temporary, "wb") as file:
-            np.savez(
-                file,
-                x0=self.start,
-                history=np.array(self.search.history),
-                search_mean=self.search.mean,
-                best_params=self.best_params,
-                best_value=np.array(self.best_value),
-                best_generation=np.array(self.best_generation),
-                feature_mean=self.mean.numpy(),
-                feature_var=self.var.numpy(),
-                log=np.array(json.dumps(self.log)),
-            )
-        os.replace(temporary, self.folder / STATE_FILE)
-        if self.log:
-            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as log:
-                log.write(json.dumps(self.log[-1]) + "\n")
+        if self.folder is not None:
+            state = {
+                "x0": self.first,
+                "history": np.array(self.search.history),
+                "search_mean": self.search.mean,
+                "best_params": self.best_params,
+                "best_value": np.array(self.best_value),
+                "best_generation": np.array(self.best_generation),
+                "feature_mean": self.mean.numpy(),
+                "feature_var": self.var.numpy(),
+                "log": np.array(json.dumps(self.log, allow_nan=False)),
+            }
+            self.folder.save(STATE_FILE, state)
 
-    def _resume(self, folder: Path, x0: Tensor | None) -> None:
-        stored = _read_config(folder / CONFIG_FILE)
-        ours = {**self.config.to_dict(), "generations": 0}
-        theirs = {**stored.to_dict(), "generations": 0}
-        if ours != theirs:
-            changed = sorted(key for key in ours if ours[key] != theirs[key])
-            raise ValueError(
-                f"evolve: {folder} holds a run with another configuration; these fields differ: "
-                f"{', '.join(changed)}"
-            )
-        path = folder / STATE_FILE
-        state = _read_state(path)
-        if x0 is None and self.config.imitation is None:
-            x0 = torch.zeros(self.config.namm.num_params)
-        self._begin(torch.from_numpy(state["x0"]))
-        if x0 is not None and not np.array_equal(self.start, x0.detach().cpu().double().numpy()):
-            raise ValueError(f"evolve: {folder} holds a run that started from another x0")
+    def _resume(self, state: Mapping[str, NDArray[Any]], path: Path) -> None:
+        self._begin(state["x0"])
         self.log = json.loads(str(state["log"]))
         self.best_params = state["best_params"]
         self.best_value = float(state["best_value"])
@@ -442,42 +404,13 @@ class _Run:
                 f"evolve: {path} does not replay to the mean it holds; it was written with other "
                 "versions of numpy or pycma: start a new run with its mean as x0"
             )
-        # The log file may lack the last generation, if the run was stopped between the two.
-        _write_text(folder / LOG_FILE, "".join(json.dumps(r) + "\n" for r in self.log))
+        assert self.folder is not None
+        self.folder.rewrite_log(self.log)
+        self.folder.remove(FIT_FILE)
 
 
+_FIT_KEYS = ("feature_mean", "feature_var")
 _STATE_KEYS = (
     *("x0", "history", "search_mean", "best_params", "best_value", "best_generation"),
     *("feature_mean", "feature_var", "log"),
 )
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            state = {key: file[key] for key in file.files}
-    except Exception as error:  # damaged zip files make numpy raise almost anything
-        raise ValueError(f"evolve: {path} must be a state file, got a damaged one") from error
-    missing = [key for key in _STATE_KEYS if key not in state]
-    if missing:
-        raise ValueError(
-            f"evolve: {path} must be a state of this program, got one without {missing[0]!r}"
-        )
-    return state
-
-
-def _read_config(path: Path) -> EvolveConfig:
-    try:
-        return EvolveConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"evolve: {path} must be the run's configuration, got {error}") from error
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

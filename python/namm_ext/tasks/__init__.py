@@ -2,9 +2,10 @@
 
 Example:
     >>> from namm_ext import tasks, zoo
+    >>> from namm_ext.corpus import load_documents
     >>> tokenizer = zoo.load_tokenizer()
     >>> example = tasks.make_example(
-    ...     "prose", tokenizer, zoo.load_documents("test"),
+    ...     "prose", tokenizer, load_documents("test"),
     ...     length=512, num_records=4, seed=tasks.TEST_SEED,
     ... )
     >>> len(example.input_ids), len(example.answer_spans)
@@ -42,6 +43,8 @@ from .metrics import (
     stack,
 )
 
+from .reader import TextReader, reader_of
+
 __all__ = [
     "EVOLUTION_FAMILIES",
     "FAMILIES",
@@ -58,12 +61,14 @@ __all__ = [
     "Prompt",
     "RecordMix",
     "Scores",
+    "TextReader",
     "TokenScores",
     "bits_per_byte",
     "make_batch",
     "make_example",
     "make_mixed_batch",
     "make_prompt",
+    "reader_of",
     "score_examples",
     "score_tokens",
     "stack",

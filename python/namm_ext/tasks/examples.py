@@ -13,7 +13,6 @@ notices what is used can tell them apart.
 
 from __future__ import annotations
 
-import weakref
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .families import WORDS, Family, family_named
+from .reader import TextReader, reader_of
 
 TRAIN_SEED = 11
 VALIDATION_SEED = 22
@@ -70,7 +70,7 @@ class Prompt:
 def make_example(
     family: str,
     tokenizer: Any,
-    documents: Sequence[str] | str,
+    documents: Sequence[str],
     *,
     length: int,
     num_records: int,
@@ -83,8 +83,8 @@ def make_example(
     Args:
         family: a name from ``FAMILIES``.
         tokenizer: a Hugging Face tokenizer.
-        documents: texts to hide the records in, or a split of the standard library's text
-            (``"train"``, ``"validation"``, ``"test"``). They are tokenized when first needed and
+        documents: texts to hide the records in, such as
+            :func:`namm_ext.corpus.load_documents`. They are tokenized when first needed and
             remembered as long as the tokenizer lives, so pass the same object again.
         length: tokens of the example.
         num_records: records that are asked for. Every name is asked once; in a family with two
@@ -112,7 +112,7 @@ def make_example(
             f"num_idle must be in [0, {most_idle}] with {num_records} {family!r} records, "
             f"got {num_idle}"
         )
-    reader = _reader(tokenizer, documents)
+    reader = reader_of(tokenizer, documents)
     key = (seed,) if isinstance(seed, int) else tuple(seed)
     rng = np.random.default_rng([*key, zlib.crc32(family.encode()), length, num_records])
     records, queries, answered_by = _draw_lines(task, reader, num_records, mentions, num_idle, rng)
@@ -144,7 +144,7 @@ def make_example(
 def make_batch(
     families: Sequence[str],
     tokenizer: Any,
-    documents: Sequence[str] | str,
+    documents: Sequence[str],
     *,
     length: int,
     num_records: int,
@@ -223,7 +223,7 @@ def make_mixed_batch(
     mixes: Sequence[RecordMix],
     families: Sequence[str],
     tokenizer: Any,
-    documents: Sequence[str] | str,
+    documents: Sequence[str],
     *,
     length: int,
     seed: Seed,
@@ -280,7 +280,7 @@ class _Line:
 
 def _draw_lines(
     task: Family,
-    reader: _Reader,
+    reader: TextReader,
     num_records: int,
     mentions: int,
     num_idle: int,
@@ -327,70 +327,3 @@ def _insert(
     ids.extend(text[places[-1] :].tolist())
     record_spans, value_spans = zip(*spans, strict=True)
     return record_spans, value_spans
-
-
-class _Reader:
-    """Documents of one tokenizer, tokenized one by one when they are first drawn."""
-
-    def __init__(self, tokenizer: Any, documents: Sequence[str]):
-        if not documents:
-            raise ValueError("documents must not be empty")
-        # A strong reference would keep the tokenizer alive through the cache it is the key of.
-        self._tokenizer = weakref.proxy(tokenizer)
-        self.documents = documents
-        sizes = np.array([len(text) for text in documents], dtype=np.float64)
-        self._cumulative = np.cumsum(sizes / sizes.sum())
-        self._ids: dict[int, np.ndarray] = {}
-        self._encoded: dict[str, tuple[int, ...]] = {}
-        self._ends_line = np.array(
-            [tokenizer.decode([i]).endswith("\n") for i in range(len(tokenizer))]
-        )
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a short piece of text, remembered."""
-        if text not in self._encoded:
-            self._encoded[text] = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-        return self._encoded[text]
-
-    def draw_window(self, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """``size`` consecutive tokens that end with a line, and the places between its lines.
-
-        The window may begin inside a line. A document shorter than the window is preceded by
-        others.
-        """
-        pieces: list[np.ndarray] = []
-        missing = size
-        while missing > 0:
-            ids = self._document(int(np.searchsorted(self._cumulative, rng.random())))
-            line_ends = np.flatnonzero(self._ends_line[ids]) + 1
-            long_enough = line_ends[line_ends >= missing]
-            stop = int(rng.choice(long_enough)) if long_enough.size else ids.size
-            pieces.insert(0, ids[max(0, stop - missing) : stop])
-            missing -= pieces[0].size
-        text = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-        return text, np.append(np.flatnonzero(self._ends_line[text]) + 1, 0)
-
-    def _document(self, index: int) -> np.ndarray:
-        index = min(index, len(self.documents) - 1)
-        if index not in self._ids:
-            text = self.documents[index]
-            if not text.endswith("\n"):
-                text += "\n"
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
-            self._ids[index] = np.array(ids, dtype=np.int64)
-        return self._ids[index]
-
-
-_readers: weakref.WeakKeyDictionary[Any, dict[int, _Reader]] = weakref.WeakKeyDictionary()
-
-
-def _reader(tokenizer: Any, documents: Sequence[str] | str) -> _Reader:
-    """The reader of a (tokenizer, documents) pair; it holds the documents, so their id is safe."""
-    if isinstance(documents, str):
-        from ..zoo.corpus import load_documents
-
-        documents = load_documents(documents)
-    readers = _readers.setdefault(tokenizer, {})
-    if id(documents) not in readers:
-        readers[id(documents)] = _Reader(tokenizer, documents)
-    return readers[id(documents)]

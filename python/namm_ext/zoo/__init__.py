@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from .converted import PACKAGED_MODELS, converted_folder, packaged_gguf
-from .corpus import SPLITS, load_documents
 
 DEFAULT_MODEL = "stdlib-1m"
 
 __all__ = [
     "DEFAULT_MODEL",
     "PACKAGED_MODELS",
-    "SPLITS",
     "bundled_models",
-    "load_documents",
     "load_model",
     "load_tokenizer",
     "model_path",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..corpus import load_documents
 from ..tasks import (
     EVOLUTION_FAMILIES,
     HELD_OUT_FAMILIES,
@@ -22,7 +23,6 @@ from ..tasks import (
     score_tokens,
     stack,
 )
-from .corpus import load_documents
 
 ALL_FAMILIES = EVOLUTION_FAMILIES + HELD_OUT_FAMILIES + UNSEEN_FAMILIES
 
@@ -101,7 +101,7 @@ def _recall(
         examples = make_batch(
             (family,),
             tokenizer,
-            "test",
+            load_documents("test"),
             length=length,
             num_records=num_records,
             seed=TEST_SEED,

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import NAMMConfig
+from ..corpus import load_documents
 from ..evolution import (
     EvolveConfig,
     EvolveResult,
     ImitateConfig,
-    evaluate_policy,
+    Problem,
+    RecordProblem,
     evolve,
-    validation_batches,
+    length_of,
 )
 from ..tasks import IN_USE, STATED_ONCE
 
@@ -46,21 +48,30 @@ EVOLUTION = EvolveConfig(
     generations=60,
     popsize=16,
     sigma0=0.01,
-    lengths=(1024, 2048),
-    num_examples=16,
-    mixes=(IN_USE, STATED_ONCE),
-    text_weight=1.0,
     validate_every=5,
-    validation_lengths=(1024, 2048),
-    num_validation=32,
     # The model recalls in its last layer, where its induction heads are.
     imitation=ImitateConfig(rounds=6, steps=300, layer_weights=(1.0, 1.0, 1.0, 3.0)),
 )
 
 
+def records(tokenizer: Any) -> RecordProblem:
+    """What the bundled memory was evolved on: both kinds of contexts, in equal parts."""
+    return RecordProblem(
+        tokenizer,
+        load_documents("train"),
+        load_documents("validation"),
+        lengths=(1024, 2048),
+        num_examples=16,
+        validation_lengths=(1024, 2048),
+        num_validation=32,
+        mixes=(IN_USE, STATED_ONCE),
+        text_weight=1.0,
+    )
+
+
 def evolve_bundled(
     model: Any,
-    tokenizer: Any,
+    problem: Problem,
     output_dir: str | os.PathLike[str],
     *,
     seed: int = 0,
@@ -71,9 +82,9 @@ def evolve_bundled(
 
     Args:
         model: a causal language model of transformers; the bundled one for the bundled memory.
-        tokenizer: of that model.
+        problem: what to read; :func:`records` for the bundled memory.
         output_dir: ``run`` holds the evolution and ``policy`` what is shipped: the memory,
-            ``evolution.json`` (the configuration), ``log.jsonl`` and ``metrics.json``.
+            ``evolution.json`` (all settings), ``log.jsonl`` and ``metrics.json``.
         seed: of everything.
         config: of both stages.
         on_record: called with each log record.
@@ -84,31 +95,34 @@ def evolve_bundled(
     folder = Path(output_dir)
     config = replace(config, seed=seed)
     result = evolve(
-        *(model, tokenizer, config, folder / "run"),
+        *(model, problem, config, folder / "run"),
         on_imitation=on_record,
         on_generation=on_record,
     )
 
     target = folder / "policy"
     result.policy.save_pretrained(target)
-    _write_json(target / "evolution.json", config.to_dict())
+    _write_json(target / "evolution.json", settings(problem, config))
     (target / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in result.log))
+    batches = problem.validation_batches()
     metrics: dict[str, Any] = {
         "split": "validation",
-        "examples": config.num_validation,
+        "examples": len(batches[0]),
         "generation": result.generation,
     }
-    for length, examples in validation_batches(tokenizer, config).items():
+    for batch in batches:
+        length = length_of(batch)
         policy = result.policy.with_config(cache_size=config.cache_size(length))
-        scores = evaluate_policy(model, policy, examples)
-        metrics[str(length)] = {
-            "exact_match": float(scores.exact_match.mean()),
-            "answer_ll": float(scores.answer_ll.mean()),
-            "text_ll": float(scores.text_ll.mean()),
-            "kept": float(scores.kept.mean()),
-        }
+        scores = problem.fitness(model, policy, batch)
+        values = {**scores.metrics, "kept": scores.kept}
+        metrics[str(length)] = {name: float(value.mean()) for name, value in values.items()}
     _write_json(target / "metrics.json", metrics)
     return result
+
+
+def settings(problem: Problem, config: EvolveConfig) -> dict[str, Any]:
+    """What the run depends on besides model, tokenizer and data."""
+    return {**config.to_dict(), "problem": problem.settings()}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -125,7 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     evolve_bundled(
         load_model(),
-        load_tokenizer(),
+        records(load_tokenizer()),
         arguments.output_dir,
         seed=arguments.seed,
         on_record=lambda record: print(json.dumps(record), flush=True),

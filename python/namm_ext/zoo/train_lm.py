@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..corpus import load_documents
 from ..tasks import (
     EVOLUTION_FAMILIES,
     HELD_OUT_FAMILIES,
@@ -30,7 +31,6 @@ from ..tasks import (
     make_batch,
     stack,
 )
-from .corpus import load_documents
 from .tokenizer import train_tokenizer
 
 LM_FAMILIES = EVOLUTION_FAMILIES + HELD_OUT_FAMILIES

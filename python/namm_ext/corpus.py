@@ -28,6 +28,16 @@ _SKIPPED_FILES = frozenset({"html/entities.py", "locale.py", "pydoc_data/topics.
 _MIN_CHARACTERS = 200
 
 
+def percent_of(name: str) -> int:
+    """A number in [0, 100) that depends on the name alone, to split data by.
+
+    Example:
+        >>> percent_of("asyncio/queues.py")
+        79
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
+
+
 def split_of(module: str) -> str:
     """The split of a module, given its path relative to the standard library.
 
@@ -35,7 +45,7 @@ def split_of(module: str) -> str:
         >>> split_of("asyncio/queues.py") in SPLITS
         True
     """
-    percent = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "big") % 100
+    percent = percent_of(module)
     if percent < _TEST_PERCENT:
         return "test"
     if percent < _TEST_PERCENT + _VALIDATION_PERCENT:
