@@ -74,7 +74,7 @@ $(VENV)/.env: pyproject.toml Makefile
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.env $(SOURCES)
-	$(RUN) -m pip install --quiet --no-build-isolation $(CMAKE_ARGS_NAMM) ".[hf,evolve,test,dev]"
+	$(RUN) -m pip install --quiet --no-build-isolation $(CMAKE_ARGS_NAMM) ".[hf,cli,evolve,test,dev]"
 	@touch $@
 
 clean:

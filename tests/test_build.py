@@ -111,6 +111,8 @@ FLOORS = [
     {"ops"},
     {"testing", "policy", "ragged", "baselines"},
     {"cache", "patching", "report", "integrations"},
+    {"corpus", "tasks"},
+    {"evolution"},
 ]
 TRANSFORMERS_FLOOR = 4
 ALLOWED = {

@@ -12,7 +12,16 @@ import torch
 import transformers
 from hf_models import COMMON, build
 from namm_ext import NAMM, NAMMConfig, reference, tasks, zoo
-from namm_ext.evolution import EvolveConfig, ImitateConfig, evolve, imitate, train
+from namm_ext.evolution import (
+    EvolveConfig,
+    ImitateConfig,
+    Problem,
+    RecordProblem,
+    evolve,
+    imitate,
+    train,
+)
+from small_evolution import TRAIN, make_problem
 
 pytest.importorskip("cma")
 # The package exports the function under the module's name.
@@ -21,9 +30,7 @@ import importlib
 module = importlib.import_module("namm_ext.evolution.imitate")
 
 N_UP = 16
-IMITATION = ImitateConfig(
-    rounds=2, steps=50, lengths=(96, 112), num_tokens=200, batch_size=2, learning_rate=0.02
-)
+IMITATION = ImitateConfig(rounds=2, steps=50, num_tokens=200, batch_size=2, learning_rate=0.02)
 CONFIG = EvolveConfig(
     namm=NAMMConfig(
         n_up=N_UP,
@@ -35,11 +42,6 @@ CONFIG = EvolveConfig(
     ),
     generations=1,
     popsize=4,
-    num_examples=2,
-    mixes=(tasks.RecordMix(2), tasks.RecordMix(1, mentions=2)),
-    lengths=(96,),
-    validation_lengths=(96,),
-    num_validation=2,
     imitation=IMITATION,
 )
 STATISTICS = torch.zeros(17), torch.ones(17)
@@ -55,17 +57,27 @@ def model(tokenizer: Any) -> Any:
     return build(transformers.LlamaConfig(**{**COMMON, "vocab_size": len(tokenizer)}))
 
 
-@pytest.fixture(autouse=True)
-def documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = ("\n".join(f"name_{i} = {i} * value" for i in range(200)),)
-    for where in (train, module):
-        monkeypatch.setattr(where, "load_documents", lambda split: text)
+@pytest.fixture(scope="module")
+def problem(tokenizer: Any) -> RecordProblem:
+    return make_problem(tokenizer)
+
+
+def fit(
+    model: Any,
+    problem: Problem,
+    imitation: ImitateConfig,
+    config: EvolveConfig = CONFIG,
+    **kwargs: Any,
+) -> torch.Tensor:
+    return imitate(
+        *(model, problem, config.namm, imitation, *STATISTICS),
+        **{"keep_fraction": config.keep_fraction, "seed": config.seed, **kwargs},
+    )
 
 
 def examples(tokenizer: Any, length: int = 96) -> list[tasks.Example]:
-    text = ("\n".join(f"name_{i} = {i} * value" for i in range(200)),)
     return tasks.make_batch(
-        ("assign",), tokenizer, text, length=length, num_records=2, seed=5, batch_size=2
+        ("assign",), tokenizer, TRAIN, length=length, num_records=2, seed=5, batch_size=2
     )
 
 
@@ -143,33 +155,33 @@ def test_choices_are_what_the_memory_chooses_from(model: Any, tokenizer: Any, bu
 
 
 @pytest.mark.parametrize("scorer", ["bam", "mlp"])
-def test_the_fit_learns_and_repeats(model: Any, tokenizer: Any, scorer: str) -> None:
+def test_the_fit_learns_and_repeats(model: Any, problem: RecordProblem, scorer: str) -> None:
     config = replace(CONFIG, namm=CONFIG.namm.replace(scorer=scorer))
     longer = replace(IMITATION, rounds=1, steps=200)
     records: list[dict[str, Any]] = []
-    params = imitate(model, tokenizer, config, longer, *STATISTICS, on_step=records.append)
+    params = fit(model, problem, longer, config, on_step=records.append)
     assert params.shape == (config.namm.num_params,)
     assert bool(params.isfinite().all())
     assert [record["step"] for record in records] == [0, 50, 100, 150, 200]
     assert records[-1]["loss"] < records[1]["loss"]
     assert records[-1]["loss"] < 2 * math.log(2)  # of scores that are all zero
-    again = imitate(model, tokenizer, config, longer, *STATISTICS)
+    again = fit(model, problem, longer, config)
     assert torch.equal(params, again)
-    other = imitate(model, tokenizer, replace(config, seed=1), longer, *STATISTICS)
+    other = fit(model, problem, longer, config, seed=1)
     assert not torch.equal(params, other)
 
 
 def test_a_run_starts_with_the_fit_and_resumes(
-    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, problem: RecordProblem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[dict[str, Any]] = []
-    first = evolve(model, tokenizer, CONFIG, tmp_path, on_imitation=steps.append)
+    first = evolve(model, problem, CONFIG, tmp_path, on_imitation=steps.append)
     assert [(r["round"], r["step"]) for r in steps] == [(1, 0), (1, 50), (2, 0), (2, 50)]
     assert [record["generation"] for record in first.log] == [0, 1]
     assert first.log[0]["validation_fitness"] > -100.0
     monkeypatch.setattr(train, "imitate", None)  # the state holds the start
     more = replace(CONFIG, generations=2)
-    resumed = evolve(model, tokenizer, more, tmp_path)
+    resumed = evolve(model, problem, more, tmp_path)
     assert [record["generation"] for record in resumed.log] == [0, 1, 2]
 
 
@@ -180,7 +192,6 @@ def test_a_run_starts_with_the_fit_and_resumes(
         ({"steps": -1}, "ImitateConfig: steps must be at least 1, got -1"),
         ({"learning_rate": 0.0}, "ImitateConfig: learning_rate must be positive, got 0.0"),
         ({"answer_weight": float("nan")}, "ImitateConfig: answer_weight must be positive, got nan"),
-        ({"lengths": ()}, "ImitateConfig: lengths must not be empty, got ()"),
         (
             {"layer_weights": (1.0, -1.0)},
             "ImitateConfig: layer_weights must not be negative, one per layer, got (1.0, -1.0)",
@@ -193,36 +204,64 @@ def test_bad_settings(change: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
-def test_contexts_without_evictions_are_refused(model: Any, tokenizer: Any) -> None:
+def test_contexts_without_evictions_are_refused(model: Any, problem: RecordProblem) -> None:
     config = replace(CONFIG, keep_fraction=1.0, namm=CONFIG.namm.replace(layer_shares=None))
     with pytest.raises(ValueError) as error:
-        imitate(model, tokenizer, config, IMITATION, *STATISTICS)
+        fit(model, problem, IMITATION, config)
     assert str(error.value) == (
-        "imitate: lengths must be long enough for evictions, got (96, 112) with keep_fraction 1.0"
+        "imitate: contexts must be long enough for evictions, got lengths [96, 112] with "
+        "keep_fraction 1.0"
     )
 
 
-def test_every_layer_needs_a_weight(model: Any, tokenizer: Any) -> None:
+def test_every_layer_needs_a_weight(model: Any, problem: RecordProblem) -> None:
     with pytest.raises(ValueError) as error:
-        imitate(model, tokenizer, CONFIG, replace(IMITATION, layer_weights=(1.0,)), *STATISTICS)
+        fit(model, problem, replace(IMITATION, layer_weights=(1.0,)))
     assert str(error.value) == (
         "imitate: layer_weights must have 2 entries, one per layer, got (1.0,)"
     )
 
 
-def test_a_layer_without_weight_does_not_count(model: Any, tokenizer: Any) -> None:
+def test_a_layer_without_weight_does_not_count(model: Any, problem: RecordProblem) -> None:
     """Of layers, one at a time has less loss than both together."""
     short = replace(IMITATION, rounds=1, steps=50)
     losses = []
     for weights in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
         some: list[dict[str, Any]] = []
-        imitate(
-            *(model, tokenizer, CONFIG, replace(short, layer_weights=weights), *STATISTICS),
-            on_step=some.append,
-        )
+        fit(model, problem, replace(short, layer_weights=weights), on_step=some.append)
         losses.append(some[-1]["loss"])
     assert losses[2] > max(losses[:2])
 
 
-def test_the_configuration_survives_json() -> None:
-    assert EvolveConfig.from_dict(CONFIG.to_dict()) == CONFIG
+@pytest.mark.parametrize("stop", [(1, 0), (1, 30), (1, 50), (2, 0), (2, 20)])
+def test_an_interrupted_fit_goes_on_bit_for_bit(
+    model: Any, problem: RecordProblem, monkeypatch: pytest.MonkeyPatch, stop: tuple[int, int]
+) -> None:
+    """Wherever Ctrl-C comes: while contexts are read, in a step, between rounds."""
+    unbroken = fit(model, problem, IMITATION)
+    states: list[dict[str, Any]] = []
+    place = [0, 0]
+    step, read_round = module._Fit._step, module._Fit._read_round
+
+    def interrupt() -> None:
+        if tuple(place) == stop:
+            raise KeyboardInterrupt
+
+    def counted_step(self: Any, layers: Any) -> None:
+        step(self, layers)
+        place[1] += 1
+        interrupt()  # the parameters have changed, the state has not been taken
+
+    def counted_read(self: Any, round_: int, layers: Any) -> None:
+        place[:] = [round_ + 1, 0]
+        interrupt()
+        read_round(self, round_, layers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Fit, "_step", counted_step)
+        patched.setattr(module._Fit, "_read_round", counted_read)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, problem, IMITATION, on_state=states.append)
+    assert len(states) == (0 if stop == (1, 0) else 1 if stop <= (1, 50) else 2)
+    resumed = fit(model, problem, IMITATION, state=states[-1] if states else None)
+    assert torch.equal(resumed, unbroken)

@@ -70,7 +70,7 @@ def test_sentences_are_the_measured_ones() -> None:
 
 def test_commands_exist() -> None:
     pytest.importorskip("typer")
-    from namm_ext.commands import app
+    from namm_ext.cli.app import app
 
     known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     used = set(re.findall(r"\bnamm ([a-z][a-z-]+)", README))

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from namm_ext import tasks, zoo
+from namm_ext.corpus import load_documents
 
 pytest.importorskip("transformers")
 
 FAMILIES = tuple(tasks.FAMILIES)
+TEST = load_documents("test")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def tokenizer():
 
 def make(family, tokenizer, length=384, num_records=4, seed=tasks.TEST_SEED):
     return tasks.make_example(
-        family, tokenizer, "test", length=length, num_records=num_records, seed=seed
+        family, tokenizer, TEST, length=length, num_records=num_records, seed=seed
     )
 
 
@@ -89,7 +91,7 @@ def test_latest_record_wins(tokenizer):
 def test_records_in_use_among_idle_ones(family, names, tokenizer):
     """Lines in use come `mentions` times per write and are asked for; idle ones never again."""
     example = tasks.make_example(
-        *(family, tokenizer, "test"), length=700, num_records=4, seed=1, mentions=3, num_idle=7
+        *(family, tokenizer, TEST), length=700, num_records=4, seed=1, mentions=3, num_idle=7
     )
     ids = example.input_ids
     assert len(example.answer_spans) == names
@@ -110,11 +112,11 @@ def test_mixes_share_a_batch(tokenizer):
     mixes = (tasks.RecordMix(2), tasks.RecordMix(1, mentions=2, idle_per_1024=16))
     given = {"length": 256, "seed": 3}
     batch = tasks.make_mixed_batch(
-        mixes, ("assign", "prose"), tokenizer, "test", batch_size=5, **given
+        mixes, ("assign", "prose"), tokenizer, TEST, batch_size=5, **given
     )
     assert [len(e.value_spans) for e in batch] == [2, 2, 2 + 4, 2 + 4, 2 + 4]
     alone = tasks.make_batch(
-        ("assign", "prose"), tokenizer, "test", num_records=2, batch_size=2, **given
+        ("assign", "prose"), tokenizer, TEST, num_records=2, batch_size=2, **given
     )
     assert batch[:2] == alone
     assert len({e.input_ids for e in batch}) == 5
@@ -136,7 +138,7 @@ def test_same_arguments_same_example(tokenizer):
     assert make("prose", tokenizer) != make("prose", tokenizer, seed=tasks.TRAIN_SEED)
     few, many = (
         tasks.make_batch(
-            FAMILIES, tokenizer, "test", length=256, num_records=4, seed=7, batch_size=size
+            FAMILIES, tokenizer, TEST, length=256, num_records=4, seed=7, batch_size=size
         )
         for size in (3, 9)
     )
@@ -232,15 +234,24 @@ def test_family_sets_are_disjoint():
         ({"mentions": 0}, "mentions must be at least 1, got 0"),
         ({"num_idle": -1}, r"num_idle must be in \[0, \d+\] with 4 'assign' records, got -1"),
         ({"num_idle": 1000}, r"num_idle must be in"),
-        ({"documents": "holdout"}, "split must be one of"),
+        ({"documents": "test"}, "documents must be a sequence of texts, got the text 'test'"),
         ({"documents": ()}, "documents must not be empty"),
     ],
-    ids=["family", "length", "num_records", "mentions", "idle", "many idle", "split", "documents"],
+    ids=[
+        "family",
+        "length",
+        "num_records",
+        "mentions",
+        "idle",
+        "many idle",
+        "one text",
+        "documents",
+    ],
 )
 def test_errors_name_the_argument(changed, message, tokenizer):
     arguments = {
         "family": "assign",
-        "documents": "test",
+        "documents": TEST,
         "length": 256,
         "num_records": 4,
         "seed": 0,

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from namm_ext import tasks, zoo
-from namm_ext.zoo import corpus
+from namm_ext import corpus, tasks, zoo
 
 pytest.importorskip("transformers")
 
@@ -48,12 +47,12 @@ def test_splits_depend_on_the_name_alone():
 
 
 def test_test_documents_are_not_validation_documents():
-    validation, test = (set(zoo.load_documents(split)) for split in ("validation", "test"))
+    validation, test = (set(corpus.load_documents(split)) for split in ("validation", "test"))
     assert validation
     assert test
     assert validation.isdisjoint(test)
     with pytest.raises(ValueError, match="split must be one of"):
-        zoo.load_documents("dev")
+        corpus.load_documents("dev")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -87,7 +86,7 @@ def test_bundled_model_recalls(model, tokenizer):
     examples = tasks.make_batch(
         evaluation.ALL_FAMILIES[:6],
         tokenizer,
-        "test",
+        corpus.load_documents("test"),
         length=512,
         num_records=4,
         seed=tasks.TEST_SEED,
@@ -106,7 +105,12 @@ def test_bundled_model_recalls(model, tokenizer):
 def test_generation_gives_the_teacher_forced_answer(model, tokenizer):
     """What exact match calls right, greedy generation writes."""
     example = tasks.make_example(
-        "mapping", tokenizer, "test", length=256, num_records=4, seed=tasks.TEST_SEED
+        "mapping",
+        tokenizer,
+        corpus.load_documents("test"),
+        length=256,
+        num_records=4,
+        seed=tasks.TEST_SEED,
     )
     input_ids = tasks.stack([example])
     with torch.inference_mode():

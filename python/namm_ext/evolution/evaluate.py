@@ -48,8 +48,7 @@ class Evaluation:
     Attributes:
         metrics: ``[P, E]`` float64 each, by name, such as ``exact_match`` (share of a context's
             answers that are right in every token), ``answer_ll`` (mean log-likelihood per answer
-            token, nats) or ``text_ll`` (the same of the text). Logs and progress bars show the
-            first one.
+            token, nats) or ``text_ll`` (the same of the text).
         kept: ``[P, E]`` tokens kept after the last update / tokens seen up to it, mean over
             layers and heads.
         weights: what each metric counts in the fitness; metrics without a weight do not count.
@@ -126,8 +125,9 @@ def score_records(
 def score_text(
     logprob: NDArray[np.float64], correct: NDArray[np.bool_], context: Context
 ) -> dict[str, float]:
-    """``text_ll`` of all tokens, and how many of them were the most probable ones."""
-    return {"text_ll": float(logprob.mean()), "right_tokens": float(correct.mean())}
+    """``text_ll`` of all tokens."""
+    del correct, context
+    return {"text_ll": float(logprob.mean())}
 
 
 @torch.inference_mode()
@@ -150,7 +150,6 @@ def read(
     return model.base_model(ids, **given, use_cache=True).last_hidden_state, cache
 
 
-@torch.inference_mode()
 def evaluate_population(
     model: Any,
     policy: Policy,
@@ -207,7 +206,9 @@ def evaluate_population(
         return torch.tensor(values, dtype=torch.float64)
 
     tables = {name: table(name) for name in results[0, 0]}
-    return Evaluation(kept=tables.pop("kept"), metrics=tables, weights=weights or {"answer_ll": 1.0})
+    return Evaluation(
+        kept=tables.pop("kept"), metrics=tables, weights=weights or {"answer_ll": 1.0}
+    )
 
 
 def evaluate_policy(model: Any, policy: Policy, contexts: Sequence[Any]) -> Evaluation:
@@ -223,6 +224,7 @@ def by_length(contexts: Sequence[Context]) -> dict[int, list[int]]:
     return groups
 
 
+@torch.inference_mode()
 def _score(head: Any, hidden: Tensor, ids: Tensor) -> TokenScores:
     """Scores ``[R, T - 1]`` of the tokens from index 1 on."""
     inputs, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,6 +51,8 @@ class TextProblem(SizedProblem):
                 model.generate(ids, max_new_tokens=100)
     """
 
+    metric: ClassVar[str] = "text_ll"
+
     folder: str | os.PathLike[str]
     tokenizer: Any
     _: KW_ONLY
@@ -65,9 +67,7 @@ class TextProblem(SizedProblem):
                 f"validate on, got {os.fspath(self.folder)!r} with {len(texts)}"
             )
         split = _split({name: name for name in texts})
-        documents = {
-            part: tuple(texts[name] for name in names) for part, names in split.items()
-        }
+        documents = {part: tuple(texts[name] for name in names) for part, names in split.items()}
         object.__setattr__(self, "documents", documents)
 
     def draw(self, split: str, key: tuple[int, ...], length: int, size: int) -> list[PlainContext]:
@@ -188,9 +188,7 @@ class JsonlProblem(Problem):
         count = min(len(contexts), self.num_validation)
         places = np.linspace(0, len(contexts) - 1, count).round().astype(int)
         chosen = [contexts[place] for place in places]
-        return [
-            chosen[i : i + self.num_examples] for i in range(0, len(chosen), self.num_examples)
-        ]
+        return [chosen[i : i + self.num_examples] for i in range(0, len(chosen), self.num_examples)]
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -246,10 +244,11 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
                 values = json.loads(line)
             except ValueError:
                 values = None
-            pair = [values.get(key) for key in ("prompt", "answer")] if isinstance(values, dict) else []
-            if not pair or not all(isinstance(text, str) for text in pair):
+            found = values if isinstance(values, dict) else {}
+            prompt, answer = found.get("prompt"), found.get("answer")
+            if not isinstance(prompt, str) or not isinstance(answer, str):
                 raise ValueError(
                     f"JsonlProblem: {path}, line {number} must be a JSON object with the texts "
                     f'"prompt" and "answer", got {line.strip():.60}'
                 )
-            yield pair[0], pair[1]
+            yield prompt, answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..policy import Policy
 from .evaluate import Context, Evaluation, evaluate_population, score_answers
@@ -20,6 +20,9 @@ class Problem(ABC):
     Batches depend on their arguments and on the problem alone, so that a run can be resumed. A
     context has ``input_ids`` and ``answer_spans`` (`Context`); what else it has is between the
     problem's own methods.
+
+    Attributes:
+        metric: the name of the metric that logs and progress bars show.
 
     Example:
         Contexts of one's own are two methods; here a line is to be repeated, 500 tokens later::
@@ -40,6 +43,8 @@ class Problem(ABC):
 
             evolve(model, Repeat(), EvolveConfig(), "runs/repeat")
     """
+
+    metric: ClassVar[str] = "exact_match"
 
     @property
     @abstractmethod

@@ -53,7 +53,7 @@ class RunFolder:
                 f"evolve: output_dir must be empty or hold a run, got {self.path} with "
                 f"{sorted(names)[0]}"
             )
-        self._lock = open(self.path / LOCK_FILE, "w")  # noqa: SIM115
+        self._lock = open(self.path / LOCK_FILE, "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -314,7 +314,8 @@ class _Run:
         except ValueError as error:
             raise ValueError(f"evolve: generation {generation + 1}: {error}") from error
         best = int(fitness.argmax())
-        name, shown = next(iter(result.metrics.items()))
+        name = self.problem.metric
+        shown = result.metrics[name]
         record = {
             "generation": self.search.generation,
             "length": length,
@@ -338,12 +339,7 @@ class _Run:
             self._note({"generation": 0, **self._validate()})
 
     def _note(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if not np.isfinite(value):
-                raise ValueError(
-                    f"evolve: {name} must be finite, got {value} in generation "
-                    f"{record['generation']}"
-                )
+        self._check_finite(record)
         self.log.append(record)
         self._save()
         if self.folder is not None:
@@ -357,12 +353,23 @@ class _Run:
         ]
         result = Evaluation.join(results)
         value = float(result.fitness())
+        metrics = {f"validation_{k}": float(v.mean()) for k, v in result.metrics.items()}
+        record = {"validation_fitness": value, **metrics}
+        self._check_finite(record)
         if value > self.best_value:
             self.best_params, self.best_value = mean, value
             self.best_generation = self.search.generation
             self._save_policy()
-        metrics = {f"validation_{k}": float(v.mean()) for k, v in result.metrics.items()}
-        return {"validation_fitness": value, **metrics}
+        return record
+
+    def _check_finite(self, record: Mapping[str, float]) -> None:
+        """JSON has no word for what is not a number, and a search has no use for it."""
+        for name, value in record.items():
+            if not np.isfinite(value):
+                raise ValueError(
+                    f"evolve: {name} must be finite, got {value} in generation "
+                    f"{self.search.generation}"
+                )
 
     def result(self) -> EvolveResult:
         """The best of the validated means; the current one if none was."""

@@ -42,7 +42,6 @@ from .metrics import (
     score_tokens,
     stack,
 )
-
 from .reader import TextReader, reader_of
 
 __all__ = [

@@ -14,7 +14,9 @@ class TextReader:
 
     def __init__(self, tokenizer: Any, documents: Sequence[str]):
         if isinstance(documents, str):
-            raise ValueError(f"documents must be a sequence of texts, got the text {documents!r:.40}")
+            raise ValueError(
+                f"documents must be a sequence of texts, got the text {documents!r:.40}"
+            )
         if not documents:
             raise ValueError("documents must not be empty")
         # A strong reference would keep the tokenizer alive through the cache it is the key of.

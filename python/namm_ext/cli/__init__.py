@@ -1,4 +1,4 @@
-"""Entry point of ``namm``: the commands are in `commands`, here is what goes wrong around them."""
+"""Entry point of ``namm``: one file per command, and here what goes wrong around them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import sys
 # Which extra brings a module that may be missing.
 _EXTRAS = {
     "cma": "evolve",
-    "rich": "evolve",
+    "rich": "cli",
     "safetensors": "hf",
     "tokenizers": "hf",
     "transformers": "hf",
-    "typer": "evolve",
+    "typer": "cli",
 }
 
 
 def main() -> None:
     """Run ``namm``. Expected errors end it with one line and status 1, Ctrl-C with 130."""
     try:
-        from .commands import app
+        from .app import app
 
         app()
     except ModuleNotFoundError as error:
@@ -27,7 +27,7 @@ def main() -> None:
         if extra is None:
             raise
         sys.exit(f"namm: this needs {module}: pip install 'namm_ext[{extra}]'")
-    except (FileNotFoundError, ImportError, TypeError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"namm: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,98 @@
+"""Options that several commands have, and what is behind them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..policy import NAMM
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The language model: a name of the zoo, a folder of transformers or a GGUF file.",
+        show_default="the bundled one",
+    ),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        help="The memory: bundled:NAME, a folder, or an id of the hub.",
+        show_default="the bundled one",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="How many CPU threads are used.", show_default="torch's choice"),
+]
+Keep = Annotated[
+    float, typer.Option(help="The share of a context's tokens that a head may keep, on average.")
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="A file that all figures are written to.")
+]
+Output = Annotated[
+    Path, typer.Argument(help="The folder of the run. A run that is there already is resumed.")
+]
+
+
+def make_console() -> Console:
+    """Of the terminal's width; of a table's where there is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
+def need(*modules: str) -> None:
+    """Complain at once about what would be missing minutes later."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def load_model(name: str | None) -> tuple[Any, Any, str]:
+    """Model, tokenizer and name; a folder wins over a name of the zoo."""
+    need("transformers", "tokenizers", "safetensors")
+    import transformers
+
+    from .. import zoo
+
+    transformers.utils.logging.disable_progress_bar()
+    chosen = zoo.DEFAULT_MODEL if name is None else name
+    if Path(chosen).is_dir():
+        if not (Path(chosen) / "config.json").is_file():
+            raise FileNotFoundError(f"--model: {chosen} holds no config.json")
+        chosen = str(Path(chosen).absolute())
+    elif not chosen.endswith(".gguf"):
+        known = [*zoo.bundled_models(), *zoo.PACKAGED_MODELS]
+        if chosen not in known:
+            raise ValueError(
+                f"--model must be a folder, a GGUF file or one of {', '.join(known)}, "
+                f"got {chosen!r}"
+            )
+    return zoo.load_model(chosen), zoo.load_tokenizer(chosen), name or chosen
+
+
+def load_policy(name: str | None) -> tuple[NAMM, str]:
+    """A memory and its name."""
+    from ..policy import NAMM, bundled_policies
+
+    if name is None:
+        names = bundled_policies()
+        if not names:
+            raise FileNotFoundError("--policy: no policy is bundled, name a folder")
+        name = f"bundled:{names[0]}"
+    return NAMM.from_pretrained(name), name
+
+
+def set_threads(threads: int | None) -> None:
+    """Of torch; None leaves its choice."""
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
