@@ -3,7 +3,7 @@
 ``python bench/bench_e2e_cuda.py [--out FILE.json] [--seconds S] [--smoke]`` prints prefill time,
 decode speed and peak memory for each context, batch and memory. Random weights have the speed of
 trained ones. The full cache is transformers' own (SDPA, ``DynamicCache``), prefilled in chunks of
-4096 tokens; the memory is a ``NAMMCache`` with random parameters and ``cache_size`` a quarter of
+4096 tokens; the memory is a ``NAMMCache`` with random parameters and a budget of a quarter of
 the context, updated every 512 tokens. Cases start until S seconds are over; what was not reached
 is listed. ``--smoke`` runs a tiny model once, also on a machine without a GPU.
 """
@@ -67,10 +67,11 @@ def make_model(device: str, smoke: bool) -> Any:
 
 def make_policy(context: int) -> NAMM:
     """A random NAMM whose cap lets a quarter of the context stay."""
-    config = NAMMConfig(threshold=None, cache_size=context // 4, n_up=min(512, context // 4))
+    config = NAMMConfig(n_up=min(512, context // 4))
     generator = torch.Generator().manual_seed(0)
     params = 0.05 * torch.randn(config.num_params, generator=generator)
-    return NAMM(config, params, mean=torch.full((17,), 0.5), var=torch.full((17,), 0.2))
+    mean, var = torch.full((17,), 0.5), torch.full((17,), 0.2)
+    return NAMM(config, params, mean, var, budget=context // 4)
 
 
 def synchronize(device: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from namm_ext import NAMM, NAMMConfig, reference
+from namm_ext import NAMM, Budget, NAMMConfig, reference
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -63,7 +63,9 @@ def tokens(batch_size: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(2, VOCAB, (batch_size, length), generator=generator)
 
 
-def evicting_policy(n_up: int = 16, seed: int = 1, **config: Any) -> NAMM:
+def evicting_policy(
+    n_up: int = 16, seed: int = 1, budget: Budget | int | None = None, **config: Any
+) -> NAMM:
     """A random NAMM that keeps roughly half of what it sees in these models."""
     generator = torch.Generator().manual_seed(seed)
     settings: dict[str, Any] = {"n_up": n_up, **config}
@@ -72,6 +74,7 @@ def evicting_policy(n_up: int = 16, seed: int = 1, **config: Any) -> NAMM:
         0.2 * torch.randn(NAMMConfig(**settings).num_params, generator=generator),
         mean=torch.full((17,), 0.3),
         var=torch.full((17,), 0.2),
+        budget=budget,
     )
     return policy
 
@@ -228,15 +231,14 @@ def select_by(
 
 def namm_oracle(policy: NAMM) -> DenseOracle:
     """The oracle of a NAMM, whatever its selection."""
-    c = policy.config
+    b = policy.budget
     return DenseOracle(
-        c.n_up,
+        policy.n_up,
         namm_score(policy),
         select_by(
-            c.threshold, c.cache_size, c.budget, c.selection == "reference",
-            c.sink_tokens, c.recent_tokens,
+            b.threshold, b.size, b.scope, b.selection == "original", b.sink_tokens, b.recent_tokens
         ),
-    )  # fmt: skip
+    )
 
 
 _current: list[DenseOracle] = []

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from namm_ext import NAMMConfig, tasks
+from namm_ext import Budget, NAMMConfig, tasks
 from namm_ext.evolution import EvolveConfig, RecordProblem
 
 N_UP = 16
-MEMORY = NAMMConfig(
-    n_up=N_UP, feature_transform="log", threshold=None, cache_size=24, budget="per_layer"
+MEMORY = NAMMConfig(n_up=N_UP, feature_transform="log")
+BUDGET = Budget(0.25, scope="per_layer")
+CONFIG = EvolveConfig(
+    namm=MEMORY, budget=BUDGET, generations=4, popsize=4, sigma0=0.3, validate_every=2
 )
-CONFIG = EvolveConfig(namm=MEMORY, generations=4, popsize=4, sigma0=0.3, validate_every=2)
 
 
 def texts(split: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from hf_models import (
     select_by,
     tokens,
 )
-from namm_ext import NAMMCache
+from namm_ext import Budget, NAMMCache
 from namm_ext.baselines import (
     H2O,
     TOVA,
@@ -86,23 +86,24 @@ def by_pooled_window(window, kernel):
 CASES = {
     "StreamingLLM": (StreamingLLM(12, 16), by_position, {"sink_tokens": 4}),
     "H2O": (H2O(12, 16), by_accumulated_attention, {"recent_tokens": 6}),
-    "H2O_layer": (H2O(12, 16, "per_layer", recent_tokens=3), by_accumulated_attention,
-                  {"recent_tokens": 3}),
+    "H2O_layer": (H2O(Budget(12, scope="per_layer", recent_tokens=3), 16),
+                  by_accumulated_attention, {"recent_tokens": 3}),
     "H2O_every_token": (H2O(12, 1), by_accumulated_attention, {"recent_tokens": 6}),
     "SnapKV": (SnapKV(14, 16, window=5), by_pooled_window(5, 5), {"recent_tokens": 5}),
-    "SnapKV_layer": (SnapKV(14, 16, "per_layer", window=6, kernel_size=3, sink_tokens=1),
-                     by_pooled_window(6, 3), {"recent_tokens": 6, "sink_tokens": 1}),
+    "SnapKV_layer": (
+        SnapKV(Budget(14, scope="per_layer", sink_tokens=1), 16, window=6, kernel_size=3),
+        by_pooled_window(6, 3), {"recent_tokens": 6, "sink_tokens": 1}),
     "SnapKV_wide_window": (SnapKV(30, 16, window=24, kernel_size=1), by_pooled_window(24, 1),
                            {"recent_tokens": 24}),
     "TOVA": (TOVA(12, 16), by_last_attention_of_the_layer, {}),
     "TOVA_every_token": (TOVA(12, 1), by_last_attention_of_the_layer, {}),
     "TOVA_head": (TOVA(12, 16, heads="head"), by_last_attention, {}),
-    "TOVA_layer_budget": (TOVA(12, 16, "per_layer"), by_last_attention, {}),
+    "TOVA_layer_budget": (TOVA(Budget(12, scope="per_layer"), 16), by_last_attention, {}),
     "KNorm": (KNorm(12, 16), by_norm, {}),
-    "KNorm_layer": (KNorm(12, 16, "per_layer", sink_tokens=2, recent_tokens=3), by_norm,
-                    {"sink_tokens": 2, "recent_tokens": 3}),
+    "KNorm_layer": (KNorm(Budget(12, scope="per_layer", sink_tokens=2, recent_tokens=3), 16),
+                    by_norm, {"sink_tokens": 2, "recent_tokens": 3}),
     "KeyDiff": (KeyDiff(12, 16), by_key_difference, {}),
-    "KeyDiff_layer": (KeyDiff(12, 16, "per_layer"), by_key_difference, {}),
+    "KeyDiff_layer": (KeyDiff(Budget(12, scope="per_layer"), 16), by_key_difference, {}),
 }  # fmt: skip
 
 
@@ -111,7 +112,7 @@ CASES = {
 def test_equals_brute_force(model, name):
     policy, score, floors = CASES[name]
     oracle = DenseOracle(
-        policy.n_up, score, select_by(None, policy.cache_size, policy.budget, **floors)
+        policy.n_up, score, select_by(None, policy.budget.size, policy.budget.scope, **floors)
     )
     ids = tokens(1, LENGTH)
     want = oracle_logits(model, oracle, ids)
@@ -122,7 +123,7 @@ def test_equals_brute_force(model, name):
     torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
     for layer in cache.layers:
         assert positions(layer) == oracle.kept_positions(layer.layer_idx)
-        assert sum(layer.kv.store.kept) == 2 * policy.cache_size
+        assert sum(layer.kv.store.kept) == 2 * policy.budget.size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -178,11 +179,11 @@ def test_never_evict(model):
 
 
 @pytest.mark.parametrize("rule", [StreamingLLM, H2O, SnapKV, TOVA, KNorm, KeyDiff, Random])
-@pytest.mark.parametrize("budget", ["per_head", "per_layer"])
+@pytest.mark.parametrize("scope", ["per_head", "per_layer"])
 @torch.no_grad()
-def test_budgets_hold_in_a_padded_batch(model, rule, budget):
+def test_budgets_hold_in_a_padded_batch(model, rule, scope):
     """Same constructor for all; padded rows equal rows alone."""
-    policy = rule(cache_size=10, n_up=16, budget=budget)
+    policy = rule(Budget(10, scope=scope), n_up=16)
     ids = tokens(2, 60)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -194,12 +195,12 @@ def test_budgets_hold_in_a_padded_batch(model, rule, budget):
         assert positions(layer) == positions(single)
         kept = layer.kv.store.kept
         assert [sum(kept[:2]), sum(kept[2:])] == [20, 20]
-        if budget == "per_head":
+        if scope == "per_head":
             assert set(kept) == {10}
 
 
 def test_fingerprints_tell_policies_apart():
-    policies = [rule(cache_size=c, n_up=n) for rule in (StreamingLLM, H2O, TOVA, KNorm)
+    policies = [rule(c, n_up=n) for rule in (StreamingLLM, H2O, TOVA, KNorm)
                 for c in (8, 9) for n in (16, 32)]  # fmt: skip
     assert len({p.fingerprint() for p in policies}) == len(policies)
     assert H2O(8, 16).fingerprint() == H2O(8, 16).fingerprint()
@@ -208,16 +209,11 @@ def test_fingerprints_tell_policies_apart():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: KNorm(0), "KNorm: cache_size must be an integer >= 1, got 0"),
-        (lambda: KNorm(8, n_up=0), "KNorm: n_up must be an integer >= 1, got 0"),
-        (lambda: H2O(8, budget="global"),
-         "H2O: budget must be 'per_head' or 'per_layer', got 'global'"),
-        (lambda: StreamingLLM(3),
-         r"StreamingLLM: sink_tokens \+ recent_tokens must be at most cache_size = 3, got 4 \+ 0"),
+        (lambda: KNorm(0), "Budget: size must be an int of at least 1"),
+        (lambda: KNorm(8, n_up=0), "KNorm: n_up must be an int of at least 1, got 0"),
         (lambda: SnapKV(99, 16, window=33), r"SnapKV: window must be in \[1, 16 \+ n_up\], got 33"),
         (lambda: SnapKV(100, kernel_size=4), "SnapKV: kernel_size must be odd and positive, got 4"),
-        (lambda: TOVA(8, budget="per_layer", heads="layer"),
-         "TOVA: heads must be 'head', or 'layer' with budget 'per_head', got 'layer' with"),
+        (lambda: TOVA(8, heads="all"), "TOVA: heads must be 'layer' or 'head', got 'all'"),
     ],
 )  # fmt: skip
 def test_bad_arguments(make, message):

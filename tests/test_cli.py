@@ -10,6 +10,7 @@ import sys
 import time
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ pytest.importorskip("cma")
 
 from namm_ext import (
     NAMM,
+    Budget,
     NAMMConfig,
-    baselines,
     cli,
     compare,
     corpus,
@@ -31,6 +32,7 @@ from namm_ext import (
     tasks,
     zoo,
 )
+from namm_ext.baselines import StreamingLLM
 from namm_ext.cli.app import app
 from typer.testing import CliRunner
 
@@ -51,9 +53,9 @@ TINY = demo.DemoConfig(
 
 @pytest.fixture
 def policy_dir(tmp_path: Path) -> Path:
-    config = NAMMConfig(n_up=16, threshold=None, cache_size=64, feature_transform="log")
+    config = NAMMConfig(n_up=16, feature_transform="log")
     folder = tmp_path / "policy"
-    NAMM(config, 0.1 * torch.randn(config.num_params)).save_pretrained(folder)
+    NAMM(config, 0.1 * torch.randn(config.num_params), budget=64).save_pretrained(folder)
     return folder
 
 
@@ -120,9 +122,9 @@ def test_missing_extra(
 
 def test_missing_module_of_no_extra_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_commands(monkeypatch)
-    monkeypatch.setitem(sys.modules, "pprint", None)
+    monkeypatch.setitem(sys.modules, "signal", None)
     monkeypatch.setattr(sys, "argv", ["namm", "info"])
-    with pytest.raises(ModuleNotFoundError, match="pprint"):
+    with pytest.raises(ModuleNotFoundError, match="signal"):
         cli.main()
 
 
@@ -143,6 +145,12 @@ def test_wrong_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert message == f"namm: NAMM: {tmp_path}/config.json is missing"
 
 
+BAD_SIZE = (
+    "Budget: size must be an int of at least 1 (tokens per head), a float in (0, 1] (the share to "
+    "keep, 1 - compression ratio) or None, got 1.5"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -155,10 +163,9 @@ def test_wrong_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (
             ["--layer-share", "2"],
-            "NAMMConfig: layer_shares must be positive numbers with mean 1, one per layer, "
-            "got (2.0,)",
+            "Budget: layer_shares must be positive numbers with mean 1, one per layer, got (2.0,)",
         ),
-        (["--keep", "1.5"], "keep_fraction must be in (0, 1], got 1.5"),
+        (["--keep", "1.5"], BAD_SIZE),
     ],
 )
 def test_wrong_options(
@@ -201,7 +208,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy_dir: Path)
     assert evolution["generations"] == 2
     assert [point["generation"] for point in evolution["curve"]] == [0, 2]
     assert set(evolution["levels"]) == {compare.FULL, *compare.TUNED}
-    assert NAMM.from_pretrained(output / "policy").config.cache_size == 32
+    assert NAMM.from_pretrained(output / "policy").budget.size == 32
     assert str(output / "policy") in result.output.replace("\n", "")
     assert values["interrupted"] is False
 
@@ -248,7 +255,7 @@ def test_compare(tmp_path: Path, policy_dir: Path) -> None:
     assert values["settings"]["mix"] == mix
     for row in values["rows"]:
         if row["method"] != compare.FULL:
-            assert row["settings"]["layer_shares"] == [1.25, 0.75, 0.5, 1.5]
+            assert row["settings"]["budget"]["layer_shares"] == [1.25, 0.75, 0.5, 1.5]
     names = [compare.FULL, "NAMM 1", "NAMM 2", "KeyDiff"]
     assert [(row["length"], row["method"]) for row in values["rows"]] == [
         (length, name) for length in (192, 256) for name in names
@@ -324,7 +331,7 @@ def test_evolve_on_prompts_and_answers(tmp_path: Path) -> None:
         (["--text", "a", "--in-use"], "--in-use needs neither --text nor --jsonl"),
         (["--text", "nowhere"], "TextProblem: folder must be a folder, got 'nowhere'"),
         (["--jsonl", "nowhere"], "[Errno 2] No such file or directory: 'nowhere'"),
-        (["--keep", "1.5"], "EvolveConfig: keep_fraction must be in (0, 1], got 1.5"),
+        (["--keep", "1.5"], BAD_SIZE),
     ],
 )
 def test_wrong_evolve_options(
@@ -378,32 +385,42 @@ def test_a_bug_is_not_shown_as_a_wrong_input(monkeypatch: pytest.MonkeyPatch) ->
 # Parts -----------------------------------------------------------------------------------------
 
 
-def test_all_tried_settings_are_legal() -> None:
-    for name, options in compare.TRIED.items():
-        for option, values in options.items():
-            for value in values:
-                policy = compare.make_baseline(name, 256, 64, {option: value})
-                assert isinstance(policy, getattr(baselines, name))
-        assert set(compare.TUNED[name]) <= set(options), name
-    assert compare.make_baseline("H2O", 256, 64, {"recent_fraction": 0.25}).recent_tokens == 64
+def test_tuned_rules_are_among_the_tried_ones() -> None:
+    for name, policy in compare.TUNED.items():
+        tried = [repr(p) for p in compare.candidates(type(policy), 0.25)]
+        assert repr(policy) in tried, name
+        assert len(set(tried)) == len(tried)
+        divided = compare.candidates(type(policy), 0.25, (0.5, 1.5))
+        assert {p.budget.layer_shares for p in divided} == {None, (0.5, 1.5)}
+    assert [rule.__name__ for rule in compare.TRIED] == list(compare.TUNED)
+
+
+def test_rules_follow_the_memory() -> None:
+    memory = NAMM(NAMMConfig(n_up=16), budget=Budget(9, layer_shares=(0.5, 1.5)))
+    rule = compare.tuned_baseline("SnapKV", memory)
+    assert (rule.n_up, rule.window, rule.budget.layer_shares) == (16, 16, (0.5, 1.5))
+    assert compare.for_context(rule, 0.25, 1023).budget.size == 255
+    assert compare.for_context(rule, 1, 1023).budget.size == 1023
 
 
 def test_tuning_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "TRIED", {"StreamingLLM": {"sink_tokens": (1, 4, 16)}})
+    monkeypatch.setattr(compare, "TRIED", {StreamingLLM: {"sink_tokens": (1, 4, 16)}})
     values = {1: (0.2, -1.0), 4: (0.4, -1.0), 16: (0.4, -0.5)}
 
     class Result:
         def __init__(self, match: float, logprob: float) -> None:
             self.exact_match, self.answer_ll = torch.tensor([match]), torch.tensor([logprob])
 
-    monkeypatch.setattr(
-        compare, "evaluate_policy", lambda _, policy, __: Result(*values[policy.sink_tokens])
-    )
+    def evaluate(model: Any, policy: StreamingLLM, examples: Any) -> Result:
+        assert policy.budget.size == 192
+        return Result(*values[policy.budget.sink_tokens])
+
+    monkeypatch.setattr(compare, "evaluate_policy", evaluate)
     workload = compare.Workload.make(
         zoo.load_tokenizer(), "validation", length=768, examples_per_family=1
     )
     found = compare.tune_baselines(zoo.load_model(), workload.examples)
-    assert found == {"StreamingLLM": {"sink_tokens": 16}}
+    assert repr(found) == "{'StreamingLLM': " + repr(compare.TUNED["StreamingLLM"]) + "}"
 
 
 def test_workload_is_fixed_and_held_out() -> None:

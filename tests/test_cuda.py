@@ -469,7 +469,7 @@ def test_drop_in_generates_like_the_cpu(family):
     hf_models = pytest.importorskip("hf_models")
     from namm_ext import NAMMCache
 
-    policy = hf_models.evicting_policy(threshold=None, cache_size=24)
+    policy = hf_models.evicting_policy(budget=24)
     ids = hf_models.tokens(2, 90)
     results = []
     for device in ("cpu", "cuda"):

@@ -93,7 +93,8 @@ def test_a_run_equals_itself_and_writes_what_it_found(
     assert stored["problem"]["lengths"] == [96, 112]
     saved = NAMM.from_pretrained(tmp_path / "run" / "policy")
     assert torch.equal(saved.params, first.policy.params)
-    assert saved.config == MEMORY.replace(cache_size=32)  # a quarter of the validation length
+    assert saved.config == MEMORY
+    assert saved.budget == replace(CONFIG.budget, size=32)  # a quarter of the validation length
     (batch,) = problem.validation_batches()
     value = problem.fitness(model, saved, batch).fitness().item()
     assert value == pytest.approx(validated[first.generation], abs=1e-9)
@@ -404,7 +405,6 @@ def test_what_is_not_a_number_is_reported_and_not_logged(
         ({"generations": 0}, "generations must be at least 1, got 0"),
         ({"popsize": 1}, "popsize must be at least 2, got 1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"keep_fraction": 0.0}, "keep_fraction must be in (0, 1], got 0.0"),
         ({"sigma0": 0.0}, "sigma0 must be positive, got 0.0"),
     ],
 )
@@ -418,7 +418,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(train, "calibrate_statistics", None)
-    shares = replace(CONFIG, namm=MEMORY.replace(layer_shares=(0.5, 1.0, 1.5)))
+    shares = replace(CONFIG, budget=replace(CONFIG.budget, layer_shares=(0.5, 1.0, 1.5)))
     assert failure(model, make_problem(tokenizer), shares, tmp_path) == (
         "evolve: layer_shares must have 2 entries, one per layer, got (0.5, 1.0, 1.5)"
     )

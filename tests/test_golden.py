@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from golden_files import golden_dir
-from namm_ext import NAMM, NAMMConfig, ops, policy, reference, testing
+from namm_ext import NAMM, Budget, NAMMConfig, ops, policy, reference, testing
 from torch import Tensor
 
 GOLDEN = golden_dir()
@@ -446,7 +446,7 @@ def test_chain_from_queries(path, impl):
 @pytest.mark.parametrize(("which", "key"), [("mean", "mean"), ("best", "best_member")])
 def test_checkpoint(path, which, key):
     raw = torch.load(path, weights_only=True)["evolution_state"]
-    got = policy.read_reference_checkpoint(path, which)
+    got = policy.read_original_checkpoint(path, which)
     stored = "stored_buffers_to_save.token_embedding_0_output_"
     assert torch.equal(got.params, raw[key])
     assert torch.equal(got.mean, raw[f"{stored}mean"].flatten())
@@ -471,8 +471,8 @@ def test_checkpoint_full_layout(path, tmp_path):
     compiled = {f"_orig_mod.{key}": value for key, value in state.items()}
     torch.save({"evolution_state": compiled, "iter_num": 3, "best_val_loss": 0.5}, file)
     for which, key in (("mean", "mean"), ("best", "best_member")):
-        namm = NAMM.load_reference_checkpoint(file, which)
-        assert namm.config.selection == "reference"
+        namm = NAMM.load_original_checkpoint(file, which)
+        assert namm.budget == Budget(threshold=0.0, selection="original")
         assert torch.equal(namm.params, state[key])
         assert torch.equal(namm.params[4146:4171, None], namm.named_parameters()["W3"])
         stored = "stored_buffers_to_save.token_embedding_0_output_"
@@ -596,8 +596,8 @@ def e2e_model(path: Path, v: dict):
 
 
 def e2e_policy(v: dict, params: Tensor) -> Recorder:
-    config = NAMMConfig(n_up=int(v["n_up"]), selection="reference")
-    return Recorder(NAMM(config, params, v["norm_mean"], v["norm_var"]))
+    config, budget = NAMMConfig(n_up=int(v["n_up"])), Budget(threshold=0.0, selection="original")
+    return Recorder(NAMM(config, params, v["norm_mean"], v["norm_var"], budget=budget))
 
 
 def check_updates(got: Recorder, v: dict, first: int, prefix: str) -> int:

@@ -24,7 +24,7 @@ from hf_models import (
     positions,
     tokens,
 )
-from namm_ext import NAMM, NAMMCache, NAMMConfig, apply, remove
+from namm_ext import NAMM, Budget, NAMMCache, NAMMConfig, apply, remove
 from namm_ext.baselines import NeverEvict
 
 LENGTH = 75  # not a multiple of anything
@@ -91,21 +91,21 @@ def test_hybrid_keeps_stock_sliding_layers():
     assert report.sliding_bytes == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers[:2])
 
 
-SELECTIONS = {
-    "threshold": {},
-    "reference": {"selection": "reference"},
-    "per_head": {"threshold": None, "cache_size": 12},
-    "per_layer": {"threshold": None, "cache_size": 12, "budget": "per_layer"},
-    "both": {"cache_size": 20, "sink_tokens": 2, "recent_tokens": 4},
-    "evict_all": {"threshold": 1e9},
+BUDGETS = {
+    "threshold": Budget(threshold=0.0),
+    "original": Budget(threshold=0.0, selection="original"),
+    "per_head": Budget(12),
+    "per_layer": Budget(12, scope="per_layer"),
+    "both": Budget(20, threshold=0.0, sink_tokens=2, recent_tokens=4),
+    "evict_all": Budget(threshold=1e9),
 }
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_evicting_equals_dense_oracle(selection):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_evicting_equals_dense_oracle(budget):
     model = build(FAMILIES["llama"](), torch.float64)
     ids = tokens(1, LENGTH)
-    policy = evicting_policy(**SELECTIONS[selection])
+    policy = evicting_policy(budget=BUDGETS[budget])
     oracle = namm_oracle(policy)
     want = oracle_logits(model, oracle, ids)
     cache = NAMMCache(model, policy)
@@ -121,7 +121,7 @@ def test_evicting_equals_dense_oracle(selection):
 def test_families_equal_dense_oracle(family):
     model = build(FAMILIES[family](), torch.float64)
     ids = tokens(1, 52)
-    policy = evicting_policy(threshold=None, cache_size=9)
+    policy = evicting_policy(budget=9)
     oracle = namm_oracle(policy)
     want = oracle_logits(model, oracle, ids)
     cache = NAMMCache(model, policy)
@@ -133,7 +133,7 @@ def test_families_equal_dense_oracle(family):
 def test_generated_tokens_equal_dense_oracle(n_up):
     model = build(FAMILIES["llama"](), torch.float64)
     ids = tokens(1, 60)
-    policy = evicting_policy(n_up, threshold=None, cache_size=10)
+    policy = evicting_policy(n_up, budget=10)
     cache = NAMMCache(model, policy)
     out = model.generate(ids, max_new_tokens=50, do_sample=False, past_key_values=cache)
     assert cache.get_seq_length() == out.shape[1] - 1
@@ -154,7 +154,7 @@ CUTS = {
 def test_any_chunking_gives_the_same_result(cuts):
     model = build(FAMILIES["llama"](), torch.float64)
     ids = tokens(2, LENGTH)
-    policy = evicting_policy(threshold=None, cache_size=11, budget="per_layer")
+    policy = evicting_policy(budget=Budget(11, scope="per_layer"))
     whole, parts = NAMMCache(model, policy), NAMMCache(model, policy)
     want = feed(model, whole, ids)
     got = feed(model, parts, ids, cuts=tuple(CUTS[cuts]))
@@ -175,7 +175,7 @@ def test_left_padded_rows_equal_rows_alone(pads, cuts):
     mask = torch.ones_like(ids)
     for row, n in enumerate(pads):
         mask[row, :n], ids[row, :n] = 0, 0
-    policy = evicting_policy(threshold=None, cache_size=9)
+    policy = evicting_policy(budget=9)
     cache = NAMMCache(model, policy)
     got = feed(model, cache, ids, cuts, mask)
     for row, n in enumerate(pads):
@@ -203,7 +203,7 @@ def test_left_padding_equals_stock_without_eviction():
 def test_population_rows_use_their_own_parameters():
     model = build(FAMILIES["llama"](), torch.float64)
     ids = tokens(1, LENGTH).expand(4, -1)
-    one, two = (evicting_policy(threshold=None, cache_size=10, seed=s) for s in (1, 2))
+    one, two = (evicting_policy(budget=10, seed=s) for s in (1, 2))
     bank = one.with_params(torch.stack([one.params, two.params]))
     index = [1, 0, 1, 0]
     cache = NAMMCache(model, bank, param_index=torch.tensor(index))
@@ -279,7 +279,7 @@ def test_multimodal_model(llava):
     assert vision._attn_implementation == before
     assert torch.equal(llava.generate(**inputs, max_new_tokens=20, do_sample=False), want)
 
-    policy = evicting_policy(threshold=None, cache_size=10)
+    policy = evicting_policy(budget=10)
     seen = []
     hook = llava.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True

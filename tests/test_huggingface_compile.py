@@ -36,7 +36,7 @@ def run(forward, model, cache, ids, mask):
 def test_compiled_equals_eager(backend, pad):
     torch._dynamo.reset()
     model = build(FAMILIES["llama"](), torch.float64)
-    policy = evicting_policy(threshold=None, cache_size=10)
+    policy = evicting_policy(budget=10)
     ids = tokens(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :pad] = 0

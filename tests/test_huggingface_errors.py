@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from hf_models import COMMON, FAMILIES, build, evicting_policy, gemma3_config, tokens
-from namm_ext import NAMMCache, apply, patch, remove
+from namm_ext import Budget, NAMMCache, apply, patch, remove
 from namm_ext.baselines import H2O, TOVA, NeverEvict
 from namm_ext.cache.attention import namm_attention_forward
 from namm_ext.cache.versions import check_version
@@ -283,13 +283,13 @@ def test_hybrid_crop_follows_the_sliding_layers():
     ("policy", "fits"),
     [
         (evicting_policy(), True),
-        (evicting_policy(cache_size=8, budget="per_layer"), False),
-        (evicting_policy(selection="reference"), False),
+        (evicting_policy(budget=Budget(8, scope="per_layer", threshold=0.0)), False),
+        (evicting_policy(budget=Budget(threshold=0.0, selection="original")), False),
         (TOVA(8, 16), False),
         (TOVA(8, 16, heads="head"), True),
-        (H2O(8, 16, "per_layer"), False),
+        (H2O(Budget(8, scope="per_layer"), 16), False),
     ],
-    ids=["threshold", "per_layer", "reference", "TOVA", "TOVA_head", "H2O_layer"],
+    ids=["threshold", "per_layer", "original", "TOVA", "TOVA_head", "H2O_layer"],
 )
 def test_heads_split_over_processes(model, policy, fits):
     """Tensor parallelism: a process has some of the heads, so they cannot compete."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
-from namm_ext import NAMMCache
+from namm_ext import Budget, NAMMCache
 from namm_ext.baselines import StreamingLLM
 from safetensors.torch import save_file
 
@@ -17,7 +17,7 @@ def model():
 
 @pytest.fixture
 def policy():
-    return evicting_policy(threshold=None, cache_size=10, budget="per_layer")
+    return evicting_policy(budget=Budget(10, scope="per_layer"))
 
 
 @pytest.mark.parametrize("pad", [0, 9])
@@ -77,7 +77,7 @@ def test_what_does_not_fit(model, policy, tmp_path):
     model(tokens(1, 45), past_key_values=cache)
     cache.save(path)
     with pytest.raises(ValueError, match="filled with another policy"):
-        NAMMCache.load(path, model, policy.with_config(cache_size=11))
+        NAMMCache.load(path, model, policy.with_budget(size=11))
     with pytest.raises(ValueError, match="filled with another model"):
         NAMMCache.load(path, build(FAMILIES["llama"](), torch.float64, seed=1), policy)
     with pytest.raises(FileNotFoundError, match="no such file"):

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture
 def policy():
-    return evicting_policy(threshold=None, cache_size=10)
+    return evicting_policy(budget=10)
 
 
 def greedy(model, ids, **kwargs):
@@ -362,7 +362,7 @@ def cache_tensors(cache):
 
 
 def test_bytes_are_freed_and_reported(model):
-    cache = NAMMCache(model, StreamingLLM(cache_size=10, n_up=16))
+    cache = NAMMCache(model, StreamingLLM(10, n_up=16))
     greedy(model, tokens(2, 100), past_key_values=cache, max_new_tokens=30)
     layer = cache.layers[0]
     heads, row = 2 * 2, 2 * 8 * 8  # segments; k and v of 8 numbers in float64
@@ -407,7 +407,7 @@ def test_old_stores_die_at_the_update(model, policy):
 
 
 def test_peak_is_bounded_in_one_long_forward(model):
-    cache = NAMMCache(model, StreamingLLM(cache_size=8, n_up=16))
+    cache = NAMMCache(model, StreamingLLM(8, n_up=16))
     with torch.no_grad():
         model(tokens(1, 900), past_key_values=cache)
     report = cache.report()

@@ -14,7 +14,7 @@ from namm_ext import NAMMCache
 
 pytest.importorskip("accelerate")  # transformers wants it for tp_plan
 pytestmark = pytest.mark.slow
-POLICY = {"threshold": None, "cache_size": 10}
+POLICY = {"budget": 10}
 
 
 def _run(rank: int, world: int, port: int, folder: str) -> None:

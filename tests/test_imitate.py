@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from hf_models import COMMON, build
-from namm_ext import NAMM, NAMMConfig, reference, tasks, zoo
+from namm_ext import NAMM, Budget, NAMMConfig, reference, tasks, zoo
 from namm_ext.evolution import (
     EvolveConfig,
     ImitateConfig,
@@ -35,11 +35,8 @@ CONFIG = EvolveConfig(
     namm=NAMMConfig(
         n_up=N_UP,
         feature_transform="log",
-        threshold=None,
-        cache_size=24,
-        budget="per_layer",
-        layer_shares=(0.5, 1.5),
     ),
+    budget=Budget(0.25, scope="per_layer", layer_shares=(0.5, 1.5)),
     generations=1,
     popsize=4,
     imitation=IMITATION,
@@ -71,7 +68,7 @@ def fit(
 ) -> torch.Tensor:
     return imitate(
         *(model, problem, config.namm, imitation, *STATISTICS),
-        **{"keep_fraction": config.keep_fraction, "seed": config.seed, **kwargs},
+        **{"budget": config.budget, "seed": config.seed, **kwargs},
     )
 
 
@@ -137,17 +134,17 @@ def test_the_best_score_is_the_logarithm_of_relative_attention() -> None:
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0.0)
 
 
-@pytest.mark.parametrize("budget", ["per_head", "per_layer"])
-def test_choices_are_what_the_memory_chooses_from(model: Any, tokenizer: Any, budget: str) -> None:
-    config = CONFIG.namm.replace(budget=budget)
+@pytest.mark.parametrize("scope", ["per_head", "per_layer"])
+def test_choices_are_what_the_memory_chooses_from(model: Any, tokenizer: Any, scope: str) -> None:
+    budget = replace(CONFIG.budget, size=24, scope=scope)
     params = 0.1 * torch.randn(4172, generator=torch.Generator().manual_seed(0))
-    policy = NAMM(config, params, *STATISTICS)
+    policy = NAMM(CONFIG.namm, params, *STATISTICS, budget=budget)
     choices = module._read(model, policy, examples(tokenizer), 10.0)
-    heads = 2 if budget == "per_layer" else 1
+    heads = 2 if scope == "per_layer" else 1
     assert {c.layer for c in choices} == {0, 1}
     assert {len(c.features) for c in choices} == {heads}
     for c in choices:
-        room = (12, 36)[c.layer] * heads  # layer_shares of a cache_size of 24
+        room = (12, 36)[c.layer] * heads  # layer_shares of 24 tokens
         assert c.size == room + N_UP * heads or room < c.size <= 2 * room
         for x, y in zip(c.features, c.target, strict=True):
             assert len(x) == len(y)
@@ -205,12 +202,12 @@ def test_bad_settings(change: dict[str, Any], message: str) -> None:
 
 
 def test_contexts_without_evictions_are_refused(model: Any, problem: RecordProblem) -> None:
-    config = replace(CONFIG, keep_fraction=1.0, namm=CONFIG.namm.replace(layer_shares=None))
+    config = replace(CONFIG, budget=Budget(1.0))
     with pytest.raises(ValueError) as error:
         fit(model, problem, IMITATION, config)
     assert str(error.value) == (
         "imitate: contexts must be long enough for evictions, got lengths [96, 112] with "
-        "keep_fraction 1.0"
+        "Budget(1.0)"
     )
 
 

@@ -14,32 +14,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from namm_ext import NAMM, NAMMConfig, config, policy, reference
+from namm_ext import NAMM, Budget, NAMMConfig, config, policy, reference
 from namm_ext.policy import (
     StatisticsCalibrator,
     StatisticsCollector,
     UpdateContext,
     calibrate_threshold,
 )
+from small_context import context, ints
 from torch import Tensor
 
 CHANGED = {
     "n_up": 64, "ema_coeff": 0.9, "scorer": "mlp", "mlp_hidden": 25, "mlp_depth": 2,
     "mlp_bias": True, "mlp_residual_first": True, "feature_transform": "log", "log_eps": 1e-4,
-    "selection": "reference", "threshold": -0.5, "cache_size": 77, "budget": "global",
-    "protect_newest": True, "sink_tokens": 4, "recent_tokens": 9,
 }  # fmt: skip
 
 
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def random_namm(**changes) -> NAMM:
+def random_namm(budget: Budget | None = None, **changes) -> NAMM:
     settings = NAMMConfig(**changes)
-    return NAMM(
-        settings, torch.randn(settings.num_params) * 0.3, torch.rand(17), torch.rand(17) + 0.1, 12
-    )
+    params = torch.randn(settings.num_params) * 0.3
+    return NAMM(settings, params, torch.rand(17), torch.rand(17) + 0.1, 12, budget=budget)
 
 
 @pytest.mark.parametrize("module", [config, policy.namm, policy.statistics])
@@ -56,9 +50,7 @@ def test_defaults_are_the_first_stage_of_the_original():
     assert NAMMConfig().to_dict() == {
         "n_up": 512, "ema_coeff": 0.99, "scorer": "bam", "mlp_hidden": 25, "mlp_depth": 1,
         "mlp_bias": False, "mlp_residual_first": False, "feature_transform": "none",
-        "log_eps": 1e-6, "selection": "ragged", "threshold": 0.0, "cache_size": None,
-        "budget": "per_head", "layer_shares": None,
-        "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0,
+        "log_eps": 1e-6,
     }  # fmt: skip
 
 
@@ -68,7 +60,7 @@ def test_config_round_trip():
     assert NAMMConfig.from_dict(values) == changed
     defaults = NAMMConfig().to_dict()
     same = {name for name in defaults if values[name] == defaults[name]}
-    assert same <= {"mlp_hidden", "protect_newest", "layer_shares"}
+    assert same <= {"mlp_hidden"}
     assert NAMMConfig().replace(**CHANGED) == changed
     assert hash(changed) == hash(NAMMConfig(**CHANGED))
 
@@ -94,34 +86,6 @@ BAD_CONFIGS = [
     ),
     ({"feature_transform": "sqrt"}, "feature_transform must be 'none' or 'log', got 'sqrt'"),
     ({"log_eps": 0.0}, "log_eps must be a positive number, got 0.0"),
-    ({"selection": "topk"}, "selection must be 'ragged' or 'reference', got 'topk'"),
-    ({"threshold": math.nan}, "threshold must be a finite number or None, got nan"),
-    ({"cache_size": 0}, "cache_size must be an int of at least 1 or None, got 0"),
-    ({"budget": "all"}, "budget must be 'per_head' or 'per_layer' or 'global', got 'all'"),
-    (
-        {"layer_shares": (1.0, 2.0), "cache_size": 9},
-        "layer_shares must be positive numbers with mean 1, one per layer, got (1.0, 2.0)",
-    ),
-    ({"budget": "per_layer"}, "cache_size must be an int with budget 'per_layer', got None"),
-    (
-        {"budget": "per_layer", "cache_size": 9, "selection": "reference"},
-        "budget must be 'per_head' or 'global' with selection 'reference', got 'per_layer'",
-    ),
-    (
-        {"budget": "global", "threshold": None},
-        "threshold must be a number with budget 'global', got None",
-    ),
-    (
-        {"protect_newest": False},
-        "protect_newest must be True unless threshold is None, cache_size is set and budget is "
-        "'per_head', got False",
-    ),
-    ({"sink_tokens": -1}, "sink_tokens must be an int of at least 0, got -1"),
-    ({"recent_tokens": 1.5}, "recent_tokens must be an int of at least 0, got 1.5"),
-    (
-        {"sink_tokens": 4, "recent_tokens": 5, "cache_size": 8},
-        "cache_size must be at least sink_tokens + recent_tokens = 9, got 8",
-    ),
 ]
 
 
@@ -203,12 +167,13 @@ def test_fingerprint_sees_every_part():
     bumped[-1] += 1e-3
     others = [
         namm.with_params(bumped),
-        namm.with_config(cache_size=9),
+        namm.with_config(ema_coeff=0.9),
+        namm.with_budget(size=9),
         NAMM(namm.config, namm.params, namm.mean + 1, namm.var),
         NAMM(namm.config, namm.params, namm.mean, namm.var + 1),
         StatisticsCalibrator(namm.config),
     ]
-    assert len({namm.fingerprint(), *(o.fingerprint() for o in others)}) == 6
+    assert len({namm.fingerprint(), *(o.fingerprint() for o in others)}) == 7
     assert NAMM(namm.config, namm.params, namm.mean, namm.var).fingerprint() == namm.fingerprint()
 
 
@@ -223,36 +188,6 @@ def test_to_moves_all_tensors():
 
 
 # Deciding: the policy calls the ops with what the layer shows it ---------------------------------
-
-
-def context(dtype=torch.float32, num_rows=2, num_heads=2, n_up=16, num_keys=40) -> UpdateContext:
-    """Two rows after their second period; the first lost tokens, the second is not due."""
-    generator = torch.Generator().manual_seed(3)
-
-    def rand(*shape):
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    num_segments = num_rows * num_heads
-    capacity = num_segments * (num_keys + 3)
-    pos = torch.full((num_segments, num_keys + 3), -1, dtype=torch.int32)
-    pos[:, :num_keys] = torch.arange(num_keys) + 5
-    return UpdateContext(
-        q_window=rand(num_rows, 2 * num_heads, 16 + n_up, 8),
-        lse_window=rand(num_rows, 2 * num_heads, 16 + n_up).abs().float().to(dtype) + 3,
-        k=rand(capacity, 8),
-        v=rand(capacity, 8),
-        pos=pos.flatten(),
-        state=rand(capacity, 17).abs(),
-        cu_seqlens_k=torch.arange(num_segments + 1, dtype=torch.int32) * (num_keys + 3),
-        seqused_k=torch.full((num_segments,), num_keys, dtype=torch.int32),
-        pos_q=ints(*[num_keys + 5 - n_up - 16] * num_rows),
-        active=torch.tensor([True] * (num_rows - 1) + [False]),
-        softmax_scale=0.3,
-        layer_idx=4,
-        num_kv_heads=num_heads,
-        param_index=ints(*range(num_rows)),
-        seen=ints(*[num_keys + 5] * num_rows),
-    )
 
 
 def expected_state(ctx: UpdateContext, ema_coeff: float) -> Tensor:
@@ -309,33 +244,6 @@ def test_one_vector_serves_every_row():
     assert repr(bank).endswith("params: 2 candidates of 4172)")
 
 
-def num_kept(ctx: UpdateContext, scores: Tensor, **changes) -> list[int]:
-    _, counts = NAMM(NAMMConfig(n_up=16, **changes)).select(scores, ctx)
-    return counts.tolist()
-
-
-def test_select_follows_the_config():
-    ctx = context(num_rows=1)
-    ctx = dataclasses.replace(ctx, active=torch.tensor([True]), param_index=ints(0))
-    scores = torch.full((86,), -1.0)
-    scores[:10], scores[43:48] = 2.0, 1.0  # 10 and 5 wanted tokens
-    assert num_kept(ctx, scores) == [11, 6]
-    assert num_kept(ctx, scores, selection="reference") == [11, 11]
-    assert num_kept(ctx, scores, threshold=1.5) == [11, 1]
-    assert num_kept(ctx, scores, threshold=1.5, budget="global") == [11, 1]
-    assert num_kept(ctx, scores, threshold=1.5, budget="global", cache_size=4) == [4, 1]
-    assert num_kept(ctx, scores, threshold=None) == [40, 40]
-    assert num_kept(ctx, scores, threshold=None, cache_size=7) == [7, 7]
-    assert num_kept(ctx, scores, threshold=None, cache_size=7, budget="per_layer") == [11, 3]
-    assert num_kept(ctx, scores, cache_size=9) == [9, 6]
-    assert num_kept(ctx, scores, sink_tokens=20, recent_tokens=3) == [18, 18]
-    unprotected = {"threshold": None, "cache_size": 2, "protect_newest": False}
-    keep, _ = NAMM(NAMMConfig(n_up=16, **unprotected)).select(scores, ctx)
-    assert not keep[39]
-    assert keep[8]
-    assert keep[9]
-
-
 def test_zero_parameters_keep_everything():
     ctx = context()
     namm = NAMM(NAMMConfig(n_up=16))
@@ -377,8 +285,8 @@ def test_calibrator_collects_due_rows_and_evicts_nothing(transform):
         _ = calibrator.mean
     ctx = context()
     features = []
-    for active in ([True, False], [False, False], [True, True]):
-        ctx = dataclasses.replace(ctx, active=torch.tensor(active))
+    for active in ((True, False), (False, False), (True, True)):
+        ctx = dataclasses.replace(ctx, active=torch.tensor(active), due=active)
         scores, state = calibrator.update(ctx)
         _, counts = calibrator.select(scores, ctx)
         assert counts.tolist() == [40] * 4
@@ -424,7 +332,11 @@ def test_bad_calibration(args, message):
 
 
 @pytest.mark.parametrize("bank", [False, True], ids=["vector", "bank"])
-@pytest.mark.parametrize("changes", [{}, CHANGED], ids=["defaults", "changed"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {**CHANGED, "budget": Budget(77, scope="per_layer", recent_tokens=0.5)}],
+    ids=["defaults", "changed"],
+)
 def test_save_and_load(tmp_path, changes, bank):
     namm = random_namm(**changes)
     if bank:
@@ -432,6 +344,7 @@ def test_save_and_load(tmp_path, changes, bank):
     namm.save_pretrained(tmp_path / "policy")
     back = NAMM.from_pretrained(tmp_path / "policy")
     assert back.config == namm.config
+    assert back.budget == namm.budget
     assert back.count == namm.count == 12
     for name in ("params", "mean", "var"):
         assert torch.equal(getattr(back, name), getattr(namm, name))
@@ -486,10 +399,11 @@ def test_damaged_tensor_file(saved):
     (lambda c: c["config"].update(colour=1), "NAMMConfig: keys must be among n_up, .*, got colour"),
     (lambda c: c["config"].update(n_up=3), "n_up must be a positive multiple of 16, got 3"),
     (lambda c: c.update(config=3), "NAMMConfig: values must be a mapping, got int"),
-    (lambda c: c.update(format_version=2), "format_version must be 1, got 2"),
+    (lambda c: c.update(format_version=3), "format_version must be 1 or 2, got 3"),
+    (lambda c: c["budget"].update(size=0), "config.json: Budget: size must be an int of at least"),
     (lambda c: c.pop("format"), "format must be 'namm_ext.NAMM'; this is not a saved NAMM"),
     (lambda c: c["config"].update(scorer="mlp"), r"params must be \[25\] or .*, got \[4172\]"),
-], ids=range(6))  # fmt: skip
+], ids=range(7))  # fmt: skip
 def test_bad_config_file(saved, edit, message):
     path = saved / "config.json"
     content = json.loads(path.read_text())
@@ -582,12 +496,14 @@ def checkpoint(path: Path, n: int = 4172, **changes) -> Path:
 def test_checkpoint_of_another_size_is_refused(tmp_path):
     path = checkpoint(tmp_path / "x.pt", n=12)
     with pytest.raises(ValueError, match=r"x\.pt: params must be \[4172\] .*, got \[12\]"):
-        NAMM.load_reference_checkpoint(path)
+        NAMM.load_original_checkpoint(path)
 
 
 def test_checkpoint_with_another_config(tmp_path):
     path = checkpoint(tmp_path / "x.pt", n=25)
-    namm = NAMM.load_reference_checkpoint(path, config=NAMMConfig(scorer="mlp", n_up=64))
+    config = NAMMConfig(scorer="mlp", n_up=64)
+    namm = NAMM.load_original_checkpoint(path, config=config, budget=9)
+    assert namm.budget == Budget(9)
     assert namm.config.scorer == "mlp"
     assert namm.params.shape == (25,)
 
@@ -596,14 +512,14 @@ def test_checkpoint_of_the_old_file_format(tmp_path):
     path = checkpoint(tmp_path / "x.pt")
     content = torch.load(path, weights_only=True)
     torch.save(content, path, _use_new_zipfile_serialization=False)
-    namm = NAMM.load_reference_checkpoint(path, "best")
+    namm = NAMM.load_original_checkpoint(path, "best")
     assert torch.equal(namm.params, content["evolution_state"]["best_member"])
 
 
 def test_checkpoint_without_statistics(tmp_path):
     path = checkpoint(tmp_path / "x.pt", **{f"{STORED}num": torch.zeros(1, 1, 1, 17).long()})
     with pytest.warns(UserWarning, match="no normalisation statistics were collected"):
-        namm = NAMM.load_reference_checkpoint(path)
+        namm = NAMM.load_original_checkpoint(path)
     assert namm.mean.abs().max() == 0
     assert namm.var.min() == 1
 
@@ -616,7 +532,7 @@ def test_checkpoint_without_statistics(tmp_path):
 ], ids=range(4))  # fmt: skip
 def test_incomplete_checkpoint(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        NAMM.load_reference_checkpoint(checkpoint(tmp_path / "x.pt", **changes))
+        NAMM.load_original_checkpoint(checkpoint(tmp_path / "x.pt", **changes))
 
 
 class Payload:
@@ -632,25 +548,25 @@ class Payload:
 def test_foreign_and_damaged_checkpoints(tmp_path):
     path = tmp_path / "x.pt"
     with pytest.raises(FileNotFoundError, match="no such file"):
-        NAMM.load_reference_checkpoint(path)
+        NAMM.load_original_checkpoint(path)
     refused = r"x\.pt: must be a torch checkpoint that loads without executing code, got "
     torch.save({"evolution_state": Payload(tmp_path / "executed")}, path)
     with pytest.raises(ValueError, match=refused):
-        NAMM.load_reference_checkpoint(path)
+        NAMM.load_original_checkpoint(path)
     assert not (tmp_path / "executed").exists()
     path.write_bytes(b"not a checkpoint at all")
     with pytest.raises(ValueError, match=refused):
-        NAMM.load_reference_checkpoint(path)
+        NAMM.load_original_checkpoint(path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=refused):
-        NAMM.load_reference_checkpoint(path)
+        NAMM.load_original_checkpoint(path)
     whole = checkpoint(path).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=refused):
-        NAMM.load_reference_checkpoint(path)
+        NAMM.load_original_checkpoint(path)
     for foreign in ({"model": {}}, [1, 2], {"evolution_state": torch.zeros(3)}):
         torch.save(foreign, path)
         with pytest.raises(ValueError, match="must hold an 'evolution_state' dict"):
-            NAMM.load_reference_checkpoint(path)
+            NAMM.load_original_checkpoint(path)
     with pytest.raises(ValueError, match="which must be 'mean' or 'best', got 'median'"):
-        NAMM.load_reference_checkpoint(path, "median")
+        NAMM.load_original_checkpoint(path, "median")

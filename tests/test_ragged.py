@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from hf_models import evicting_policy
+from namm_ext import Budget
 from namm_ext.baselines import H2O, KNorm, StreamingLLM
 from namm_ext.policy import Policy
 from namm_ext.ragged import CARRY, Ledger, Planner, RaggedKV
@@ -63,7 +64,7 @@ def same(a, b):
 
 
 def policy():
-    return evicting_policy(N_UP, seed=3, threshold=None, cache_size=7, budget="per_layer")
+    return evicting_policy(N_UP, seed=3, budget=Budget(7, scope="per_layer"))
 
 
 # Planner ------------------------------------------------------------------------------------------
@@ -204,8 +205,8 @@ def test_rows_do_not_see_each_other(name, dtype):
 def test_kernels_agree_with_the_law(dtype):
     """The same store in float64: outputs to rounding, and the state that was carried."""
     q, k, v = inputs(47, dtype=dtype)
-    mine = make(evicting_policy(N_UP, threshold=-1e9), dtype=dtype)
-    exact = make(evicting_policy(N_UP, threshold=-1e9))
+    mine = make(evicting_policy(N_UP, budget=Budget(threshold=-1e9)), dtype=dtype)
+    exact = make(evicting_policy(N_UP, budget=Budget(threshold=-1e9)))
     got = run(mine, q, k, v, cuts=(20,)).double()
     want = run(exact, q.double(), k.double(), v.double())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

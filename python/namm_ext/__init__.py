@@ -14,15 +14,18 @@ from ._library import libraries
 
 if TYPE_CHECKING:
     from . import baselines
+    from .budget import Budget
     from .cache import NAMMCache
     from .config import NAMMConfig
     from .patching import apply, patch, remove
-    from .policy import NAMM, Policy, UpdateContext
+    from .policy import NAMM, Calibration, Policy, UpdateContext
 
 __version__ = libraries.build_info["version"]
 
 # Where each public name lives; imported at first use.
 _LAZY = {
+    "Budget": "budget",
+    "Calibration": "policy",
     "NAMM": "policy",
     "NAMMCache": "cache",
     "NAMMConfig": "config",
@@ -36,6 +39,8 @@ _LAZY_MODULES = ("analysis", "baselines", "evolution", "integrations", "tasks", 
 
 __all__ = [
     "NAMM",
+    "Budget",
+    "Calibration",
     "NAMMCache",
     "NAMMConfig",
     "Policy",

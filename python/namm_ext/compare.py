@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,29 +21,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import baselines, tasks
+from . import tasks
+from .baselines import H2O, TOVA, Baseline, Full, KeyDiff, KNorm, Random, SnapKV, StreamingLLM
+from .budget import Budget
 from .cache import NAMMCache, cache_keyword
-from .config import NAMMConfig
 from .corpus import load_documents
 from .evolution import evaluate_policy
 from .patching import remove
-from .policy import NAMM, Policy
+from .policy import Policy
+from .policy.base import PolicyT
 
 FULL = "full cache"
 FAMILIES = (*tasks.EVOLUTION_FAMILIES, *tasks.HELD_OUT_FAMILIES, *tasks.UNSEEN_FAMILIES)
 
-# What each rule is given besides its budget, found on validation data with
+# Each rule as validation data likes it best, found with
 #     namm compare --tune --examples 5
-# `tune_baselines` says what is tried. Where the memory divides its budget unequally among the
-# layers, `baseline_method` gives the baselines the same division.
-TUNED: dict[str, dict[str, Any]] = {
-    "StreamingLLM": {"sink_tokens": 16},
-    "H2O": {"budget": "per_head", "recent_fraction": 0.75, "sink_tokens": 0},
-    "SnapKV": {"budget": "per_layer", "window": 64, "kernel_size": 33},
-    "TOVA": {"budget": "per_head", "sink_tokens": 4, "recent_fraction": 0.75},
-    "KNorm": {"budget": "per_layer", "sink_tokens": 4, "recent_fraction": 0.75},
-    "KeyDiff": {"budget": "per_layer", "sink_tokens": 0, "recent_fraction": 0.5},
-    "Random": {"budget": "per_head", "sink_tokens": 0, "recent_fraction": 0.75},
+# `TRIED` says what is tried. Where the memory divides its budget unequally among the layers,
+# `tuned_baseline` gives the baselines the same division.
+TUNED: dict[str, Baseline] = {
+    "StreamingLLM": StreamingLLM(Budget(0.25, sink_tokens=16)),
+    "H2O": H2O(Budget(0.25, recent_tokens=0.75)),
+    "SnapKV": SnapKV(Budget(0.25, scope="per_layer"), window=64, kernel_size=33),
+    "TOVA": TOVA(Budget(0.25, sink_tokens=4, recent_tokens=0.75)),
+    "KNorm": KNorm(Budget(0.25, scope="per_layer", sink_tokens=4, recent_tokens=0.75)),
+    "KeyDiff": KeyDiff(Budget(0.25, scope="per_layer", recent_tokens=0.5)),
+    "Random": Random(Budget(0.25, recent_tokens=0.75)),
 }
 
 
@@ -222,69 +224,54 @@ def _is_source(text: str) -> bool:
 # Methods -----------------------------------------------------------------------------------------
 
 
-def make_baseline(
-    name: str, cache_size: int, n_up: int, settings: Mapping[str, Any] | None = None
-) -> Policy:
-    """A baseline by name, with its tuned settings unless others are given.
+@dataclass(frozen=True)
+class Method:
+    """A memory by name; None is the stock cache, which keeps everything."""
 
-    Settings called ``recent_fraction`` are shares of ``cache_size``, so that they fit any budget.
+    name: str
+    policy: Policy | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What defines it, as plain values."""
+        if self.policy is None:
+            return {}
+        return {"fingerprint": self.policy.fingerprint(), **self.policy.to_dict()}
+
+
+def for_context(policy: PolicyT, keep_fraction: float, length: int) -> PolicyT:
+    """The same policy with a fixed budget: a share of a context of ``length`` tokens, per head."""
+    budget = replace(policy.budget, size=float(keep_fraction))
+    return policy.with_budget(budget.of_context(length))
+
+
+def full_method() -> Method:
+    """The stock cache."""
+    return Method(FULL, None)
+
+
+def tuned_baseline(name: str, memory: Policy) -> Baseline:
+    """A tuned rule that updates and divides its budget among the layers as ``memory`` does.
 
     Raises:
         ValueError: if there is no baseline of that name.
     """
     if name not in TUNED:
         raise ValueError(f"baseline must be one of {', '.join(TUNED)}, got {name!r}")
-    values = dict(TUNED[name] if settings is None else settings)
-    if "recent_fraction" in values:
-        values["recent_tokens"] = int(values.pop("recent_fraction") * cache_size)
-    if "window" in values:  # of queries: no more than the store keeps, no more than the budget
-        values["window"] = min(values["window"], n_up, cache_size)
-    layer_shares = values.pop("layer_shares", None)
-    return getattr(baselines, name)(cache_size, n_up, **values).with_layer_shares(layer_shares)
+    policy = at_pace(TUNED[name], memory.n_up)
+    return policy.with_budget(layer_shares=memory.budget.layer_shares)
 
 
-def with_budget(policy: NAMM, cache_size: int) -> NAMM:
-    """The same memory with ``cache_size`` tokens per head."""
-    return policy.with_config(cache_size=cache_size)
+def at_pace(policy: Baseline, n_up: int) -> Baseline:
+    """The same rule with another ``n_up``; SnapKV observes no more than one period."""
+    if isinstance(policy, SnapKV):
+        return policy.replace(n_up=n_up, window=min(policy.window, n_up))
+    return policy.replace(n_up=n_up)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A memory for any budget: ``policy(cache_size)``; None is the stock cache."""
-
-    name: str
-    policy: Callable[[int], Policy] | None
-    settings: dict[str, Any]
-
-
-def full_method() -> Method:
-    """The stock cache, which keeps everything."""
-    return Method(FULL, None, {})
-
-
-def namm_method(policy: NAMM, name: str = "NAMM") -> Method:
-    """An evolved memory."""
-    return Method(
-        name,
-        lambda cache_size: with_budget(policy, cache_size),
-        {"fingerprint": policy.fingerprint(), **policy.config.to_dict()},
-    )
-
-
-def baseline_method(name: str, memory: NAMMConfig) -> Method:
-    """A tuned baseline that updates and divides its budget among the layers as ``memory`` does."""
-    make_baseline(name, 64, memory.n_up)  # complain about the name here
-    settings = {**TUNED[name], "layer_shares": memory.layer_shares}
-    return Method(
-        name,
-        lambda cache_size: make_baseline(name, cache_size, memory.n_up, settings),
-        {"n_up": memory.n_up, **settings},
-    )
-
-
-def baseline_methods(memory: NAMMConfig) -> list[Method]:
-    """All of them."""
-    return [baseline_method(name, memory) for name in TUNED]
+def baseline_methods(memory: Policy) -> list[Method]:
+    """All tuned rules beside a memory."""
+    return [Method(name, tuned_baseline(name, memory)) for name in TUNED]
 
 
 # Measuring ---------------------------------------------------------------------------------------
@@ -419,20 +406,19 @@ def compare(
     Raises:
         ValueError: if ``keep_fraction`` is not a share.
     """
-    if not 0 < keep_fraction <= 1:
-        raise ValueError(f"keep_fraction must be in (0, 1], got {keep_fraction}")
     rows = [] if rows is None else rows
     for workload in workloads:
-        budget = max(1, int(keep_fraction * workload.length))
         policies: dict[str, Policy | None] = {}
         here = {}
         for method in methods:
             row = here[method.name] = Row(method.name, method.settings, workload.length)
             rows.append(row)
-            policy = None if method.policy is None else method.policy(budget)
+            policy = None
+            if method.policy is not None:
+                policy = for_context(method.policy, keep_fraction, workload.length)
             policies[method.name] = policy
             # Keeping all on the ragged store is the stock cache, number for number.
-            reader = baselines.Full() if policy is None else policy
+            reader = Full() if policy is None else policy
             on_step(f"{method.name}: tasks of {workload.length:,} tokens")
             measure_tasks(model, reader, workload, row)
             on_step(f"{method.name}: source code")
@@ -456,17 +442,30 @@ def num_steps(methods: Sequence[Method], workloads: Sequence[Workload], repeats:
 # Tuning the baselines ----------------------------------------------------------------------------
 
 _SHARING = ("per_head", "per_layer")
-_FLOORS = {"sink_tokens": (0, 4), "recent_fraction": (0.0, 0.25, 0.5, 0.75)}
+_FLOORS = {"sink_tokens": (0, 4), "recent_tokens": (0.0, 0.25, 0.5, 0.75)}
 
-TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "StreamingLLM": {"sink_tokens": (1, 4, 16)},  # both ways of sharing are the same rule
-    "H2O": {"budget": _SHARING, "recent_fraction": (0.25, 0.5, 0.75, 0.9), "sink_tokens": (0, 4)},
-    "SnapKV": {"budget": _SHARING, "window": (16, 32, 64), "kernel_size": (1, 5, 9, 17, 33)},
-    "TOVA": {"budget": _SHARING, **_FLOORS},
-    "KNorm": {"budget": _SHARING, **_FLOORS},
-    "KeyDiff": {"budget": _SHARING, **_FLOORS},
-    "Random": {"budget": ("per_head",), **_FLOORS},
+# Fields of the budget and arguments of the rule.
+TRIED: dict[type[Baseline], dict[str, tuple[Any, ...]]] = {
+    StreamingLLM: {"sink_tokens": (1, 4, 16)},  # both ways of sharing are the same rule
+    H2O: {"scope": _SHARING, "recent_tokens": (0.25, 0.5, 0.75, 0.9), "sink_tokens": (0, 4)},
+    SnapKV: {"scope": _SHARING, "window": (16, 32, 64), "kernel_size": (1, 5, 9, 17, 33)},
+    TOVA: {"scope": _SHARING, **_FLOORS},
+    KNorm: {"scope": _SHARING, **_FLOORS},
+    KeyDiff: {"scope": _SHARING, **_FLOORS},
+    Random: {"scope": ("per_head",), **_FLOORS},
 }
+
+
+def candidates(
+    rule: type[Baseline], keep_fraction: float, layer_shares: tuple[float, ...] | None = None
+) -> Iterator[Baseline]:
+    """A rule with every combination of settings in ``TRIED``, and of ``layer_shares`` or none."""
+    options = TRIED[rule] | ({"layer_shares": (None, layer_shares)} if layer_shares else {})
+    of_budget = {field.name for field in fields(Budget)}
+    for values in itertools.product(*options.values()):
+        settings = dict(zip(options, values, strict=True))
+        budget = {key: settings.pop(key) for key in options if key in of_budget}
+        yield rule(Budget(float(keep_fraction), **budget), **settings)
 
 
 def tune_baselines(
@@ -476,8 +475,8 @@ def tune_baselines(
     n_up: int = 64,
     keep_fraction: float = 0.25,
     layer_shares: tuple[float, ...] | None = None,
-    on_trial: Callable[[str, dict[str, Any], float], None] = lambda *_: None,
-) -> dict[str, dict[str, Any]]:
+    on_trial: Callable[[Baseline, float], None] = lambda *_: None,
+) -> dict[str, Baseline]:
     """The settings of each baseline that answer most validation questions exactly.
 
     Every combination in ``TRIED`` is tried. Equal scores are told apart by the answers'
@@ -487,23 +486,22 @@ def tune_baselines(
         examples: validation examples of one length.
         layer_shares: how the memory they are compared with divides its budget among the layers;
             each baseline may do the same or give every layer an equal part.
-        on_trial: called with name, settings and exact match of each trial.
+        on_trial: called with the rule and the exact match of each trial.
 
     Returns:
         What belongs into ``TUNED``.
     """
-    budget = max(1, int(keep_fraction * len(examples[0].input_ids)))
+    length = len(examples[0].input_ids)
     found = {}
-    shares = {"layer_shares": (None, layer_shares)} if layer_shares else {}
-    for name, tried in TRIED.items():
-        options = {**tried, **shares}
+    for rule in TRIED:
         best = (-math.inf, -math.inf)
-        for values in itertools.product(*options.values()):
-            settings = dict(zip(options, values, strict=True))
-            result = evaluate_policy(model, make_baseline(name, budget, n_up, settings), examples)
+        for policy in candidates(rule, keep_fraction, layer_shares):
+            paced = at_pace(policy, n_up)
+            fixed = paced.with_budget(paced.budget.of_context(length))
+            result = evaluate_policy(model, fixed, examples)
             score = (float(result.exact_match.mean()), float(result.answer_ll.mean()))
-            on_trial(name, settings, score[0])
+            on_trial(policy, score[0])
             if score > best:
-                best, found[name] = score, settings
+                best, found[rule.__name__] = score, policy
     remove(model)
     return found

@@ -9,7 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from . import __version__
 from .baselines import Full
 from .compare import (
     FULL,
+    TUNED,
     Method,
     Row,
     Workload,
     baseline_methods,
     compare,
+    for_context,
     full_method,
-    namm_method,
     num_steps,
+    tuned_baseline,
 )
 from .corpus import load_documents
 from .evolution import EvolveConfig, EvolveResult, RecordProblem, evolve
@@ -157,7 +159,7 @@ def _read_held_out(
     console: Console,
     rows: list[Row],
 ) -> None:
-    methods = [full_method(), namm_method(policy), *baseline_methods(policy.config)]
+    methods = [full_method(), Method("NAMM", policy), *baseline_methods(policy)]
     workloads = [
         Workload.make(
             tokenizer,
@@ -232,15 +234,12 @@ class _Live:
     ) -> None:
         self.model, self.demo = model, config
         self.output_dir = output_dir
-        budget = max(1, int(config.keep_fraction * config.evolve_length))
         self.config = EvolveConfig(
-            namm=policy.config.replace(
-                n_up=config.evolve_n_up, scorer="mlp", cache_size=budget, layer_shares=None
-            ),
+            namm=policy.config.replace(n_up=config.evolve_n_up, scorer="mlp"),
+            budget=replace(policy.budget, size=config.keep_fraction, layer_shares=None),
             generations=100_000,
             popsize=config.popsize,
             sigma0=0.3,
-            keep_fraction=config.keep_fraction,
             validate_every=2,
         )
         self.problem = RecordProblem(
@@ -253,7 +252,6 @@ class _Live:
             num_validation=config.num_validation,
             text_weight=1.0,
         )
-        self.budget = budget
         self.levels: dict[str, float] = {}
         self.curve: list[tuple[int, float]] = []
         self.generations = 0
@@ -300,10 +298,10 @@ class _Live:
     def _measure_levels(self) -> None:
         (batch,) = self.problem.validation_batches()
         policies: dict[str, Policy] = {FULL: Full()}
-        policies |= {
-            m.name: m.policy(self.budget) for m in baseline_methods(self.config.namm) if m.policy
-        }
-        policies["start"] = NAMM(self.config.namm)  # all scores equal: the newest tokens stay
+        start = NAMM(self.config.namm, budget=self.config.budget)
+        share = self.demo.keep_fraction, self.demo.evolve_length
+        policies |= {name: for_context(tuned_baseline(name, start), *share) for name in TUNED}
+        policies["start"] = for_context(start, *share)  # all scores equal: the newest tokens stay
         for name, policy in policies.items():
             result = self.problem.fitness(self.model, policy, batch)
             self.levels[name] = float(result.exact_match.mean())

@@ -109,7 +109,7 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
         ...     vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         ...     num_attention_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0)
         >>> model = transformers.LlamaForCausalLM(config).eval()
-        >>> policy = baselines.StreamingLLM(cache_size=8, n_up=16)
+        >>> policy = baselines.StreamingLLM(8, n_up=16)
         >>> with patch(model, policy) as memory:
         ...     _ = model.generate(torch.ones(1, 40, dtype=torch.long), max_new_tokens=4)
         >>> memory.report().layers[0].kept

@@ -1,11 +1,10 @@
 """Published eviction rules as policies, on the same ragged store as NAMM.
 
-Every one is ``Name(cache_size=..., n_up=..., budget="per_head" | "per_layer")``, goes wherever a
-``NAMM`` goes, and after each update holds at most ``cache_size`` tokens per head (per head on
-average with ``"per_layer"``). What differs from the publication stands in each docstring; common
-to all: tokens keep their original positions, heads are KV heads, and eviction happens every
-``n_up`` tokens (``n_up=1`` is the published pace of H2O, TOVA and StreamingLLM), while a prompt is
-read as well as in decoding.
+Every one is ``Name(budget, n_up=...)`` and goes wherever a ``NAMM`` goes, with every
+:class:`~namm_ext.Budget`; ``Name(256)`` is the published rule with 256 tokens per head. What
+differs from the publication stands in each docstring; common to all: tokens keep their original
+positions, heads are KV heads, and eviction happens every ``n_up`` tokens (``n_up=1`` is the
+published pace of H2O, TOVA and StreamingLLM), while a prompt is read as well as in decoding.
 """
 
 from ._base import Baseline

@@ -1,70 +1,46 @@
-"""What the baselines have in common: a budget, floors, and a score per token."""
+"""What the baselines have in common: a budget, and a score per token."""
 
 from __future__ import annotations
 
-import copy
-import math
-from typing import Any
+import inspect
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..config import check_layer_shares, layer_cache_size
+from ..budget import Budget, is_int
 from ..policy import Policy, UpdateContext
-from ..policy.base import fingerprint_of, layer_share, select_rows
+from ..policy.base import as_budget, hash_of
+
+BaselineT = TypeVar("BaselineT", bound="Baseline")
 
 
 class Baseline(Policy):
-    """A policy that keeps the ``cache_size`` best tokens by a fixed score.
+    """A policy that ranks tokens by a fixed score.
 
     Ties go to the newer token; the newest token of a head always stays.
 
     Args:
-        cache_size: tokens of each head after an update, at least 1.
+        budget: how much stays. A bare size is a :class:`~namm_ext.Budget` with the floors that the
+            rule was published with (``published``); a ``Budget`` is taken as it is.
         n_up: real tokens between two updates, at least 1.
-        budget: ``"per_head"``, or ``"per_layer"``: the heads of a layer share
-            ``cache_size * heads`` tokens and compete by score.
-        sink_tokens: first tokens of the sequence that always stay.
-        recent_tokens: newest tokens that always stay.
 
     Raises:
-        ValueError: if an argument is out of range, or the floors fill the whole budget.
+        ValueError: if an argument is out of range.
     """
 
     #: False if scores need no attention: the store then keeps no query window.
     needs_window = True
+    #: Fields of the budget that belong to the rule as published.
+    published: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self,
-        cache_size: int,
-        n_up: int = 64,
-        budget: str = "per_head",
-        *,
-        sink_tokens: int = 0,
-        recent_tokens: int = 0,
-    ) -> None:
-        name = type(self).__name__
-        for key, value, low in (
-            ("cache_size", cache_size, 1),
-            ("n_up", n_up, 1),
-            ("sink_tokens", sink_tokens, 0),
-            ("recent_tokens", recent_tokens, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}: {key} must be an integer >= {low}, got {value!r}")
-        if budget not in ("per_head", "per_layer"):
-            raise ValueError(f"{name}: budget must be 'per_head' or 'per_layer', got {budget!r}")
-        if sink_tokens + recent_tokens > cache_size:
+    def __init__(self, budget: Budget | int | float, n_up: int = 64) -> None:
+        if not is_int(n_up) or n_up < 1:
             raise ValueError(
-                f"{name}: sink_tokens + recent_tokens must be at most cache_size = {cache_size}, "
-                f"got {sink_tokens} + {recent_tokens}"
+                f"{type(self).__name__}: n_up must be an int of at least 1, got {n_up!r}"
             )
-        self.cache_size = cache_size
+        self.budget = as_budget(budget, **self.published)
         self.n_up = n_up
-        self.budget = budget
-        self.layer_shares: tuple[float, ...] | None = None
-        self.sink_tokens = sink_tokens
-        self.recent_tokens = recent_tokens
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """``[C]``: higher stays longer. Rows that are not live may hold anything."""
@@ -74,39 +50,42 @@ class Baseline(Policy):
         """Scores, and the state as it was."""
         return self.score(ctx), ctx.state
 
-    def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        """The best ``cache_size`` tokens and the floors."""
-        share = layer_share(self.layer_shares, ctx)
-        return select_rows(
-            scores,
-            ctx,
-            cache_size=layer_cache_size(self.cache_size, share),
-            budget=self.budget,
-            sink_tokens=self.sink_tokens,
-            recent_tokens=math.floor(self.recent_tokens * min(share, 1.0)),
-        )
-
-    def with_layer_shares(self, layer_shares: tuple[float, ...] | None) -> Baseline:
-        """The same rule with the budget divided among the layers as a `NAMMConfig` says.
-
-        A layer with less than an equal part keeps proportionally fewer recent tokens.
-
-        Raises:
-            ValueError: unless ``layer_shares`` is None or positive numbers with mean 1.
-        """
-        if layer_shares is not None:
-            check_layer_shares(type(self).__name__, layer_shares)
-        other = copy.copy(self)
-        other.layer_shares = layer_shares
-        return other
-
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return dict(vars(self))
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
-    def fingerprint(self) -> str:
-        """Hash of name and settings."""
-        return fingerprint_of(self, self.settings(), [])
+    def replace(self: BaselineT, **changes: Any) -> BaselineT:
+        """The same rule with other arguments, checked again.
+
+        Example:
+            >>> from namm_ext.baselines import KNorm
+            >>> KNorm(256).replace(n_up=16)
+            KNorm(budget=Budget(256), n_up=16)
+        """
+        other = type(self)(**{**self.settings(), **changes})
+        return other.with_calibration(self.calibration)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values."""
+        return {**self.settings(), "budget": self.budget.to_dict()}
+
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """In version 1 the fields of the budget stood among the others, and floors were tokens."""
+        size = self.budget.size or 1  # what a rule without a limit had
+        if self.calibration is not None or isinstance(size, float):
+            return ()
+        flat = {
+            **self._earlier_settings(),
+            "cache_size": size,
+            "budget": self.budget.scope,
+            "layer_shares": self.budget.layer_shares,
+            "sink_tokens": self.budget.sink_tokens,
+            "recent_tokens": max(self.budget.floors(size)[1], self.min_recent),
+        }
+        return (hash_of(self, flat, []),)
+
+    def _earlier_settings(self) -> dict[str, Any]:
+        return self.settings()
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())

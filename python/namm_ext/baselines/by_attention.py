@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..budget import Budget
 from ..policy import UpdateContext
 from ..ragged import CARRY
 from ._base import Baseline, live_rows, newest_position
@@ -40,34 +43,18 @@ class H2O(Baseline):
     Zhang et al. 2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
     Language Models" (arXiv:2306.14048): half of the budget goes to heavy hitters, half to the
     newest tokens. Deviations: query heads that share a KV head are averaged (the paper has no
-    groups); under ``"per_layer"`` the heads share the heavy-hitter half.
+    groups); where heads share a budget they share the heavy-hitter half.
 
     Args:
-        cache_size, n_up, budget: as in ``Baseline``.
-        sink_tokens: as in ``Baseline``.
-        recent_tokens: default ``cache_size // 2``, as published.
+        budget, n_up: as in ``Baseline``.
 
     Example:
-        >>> H2O(cache_size=256).recent_tokens
-        128
+        >>> H2O(256).budget
+        Budget(256, recent_tokens=0.5)
     """
 
     num_state = 1
-
-    def __init__(
-        self,
-        cache_size: int,
-        n_up: int = 64,
-        budget: str = "per_head",
-        *,
-        sink_tokens: int = 0,
-        recent_tokens: int | None = None,
-    ) -> None:
-        if recent_tokens is None:
-            recent_tokens = cache_size // 2
-        super().__init__(
-            cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=recent_tokens
-        )
+    published: ClassVar[dict[str, Any]] = {"recent_tokens": 0.5}
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """The accumulated attention, which is also the state."""
@@ -86,35 +73,33 @@ class SnapKV(Baseline):
     averaged.
 
     Args:
-        cache_size, n_up, budget: as in ``Baseline``.
-        window: queries of the observation window, at most ``16 + n_up``; its tokens are never
-            dropped, so at most ``cache_size``. Default 32, or less if those ask for it.
+        budget, n_up: as in ``Baseline``.
+        window: queries of the observation window, at most ``16 + n_up``; its tokens stay as far as
+            the budget has room. Default 32, or less: half of a budget in tokens, or ``16 + n_up``.
         kernel_size: odd width of the pooling; 1 for none.
-        sink_tokens: as in ``Baseline``.
 
     Example:
-        >>> SnapKV(cache_size=256).window
+        >>> SnapKV(256).window
         32
     """
 
     def __init__(
         self,
-        cache_size: int,
+        budget: Budget | int | float,
         n_up: int = 64,
-        budget: str = "per_head",
         *,
         window: int | None = None,
         kernel_size: int = 5,
-        sink_tokens: int = 0,
     ) -> None:
+        super().__init__(budget, n_up)
         if window is None:
-            window = max(1, min(32, CARRY + n_up, cache_size // 2))
+            size = self.budget.size
+            window = min(32, CARRY + n_up, max(1, size // 2) if isinstance(size, int) else 32)
         if not 1 <= window <= CARRY + n_up:
             raise ValueError(f"SnapKV: window must be in [1, 16 + n_up], got {window}")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SnapKV: kernel_size must be odd and positive, got {kernel_size}")
-        super().__init__(cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=window)
-        self.window = window
+        self.window = self.min_recent = window
         self.kernel_size = kernel_size
 
     def score(self, ctx: UpdateContext) -> Tensor:
@@ -141,41 +126,40 @@ class TOVA(Baseline):
     ``n_up > 1`` several tokens go at once, by the last query's attention.
 
     Args:
-        cache_size, n_up, budget, sink_tokens, recent_tokens: as in ``Baseline``.
-        heads: ``"layer"`` as published (only with ``"per_head"``), ``"head"`` for every KV head by
-            itself; None takes the published rule where the budget allows it.
+        budget, n_up: as in ``Baseline``.
+        heads: ``"layer"`` as published, ``"head"`` for every KV head by itself. Heads that share a
+            budget compete, so there it is every head by itself.
 
     Example:
-        >>> TOVA(256).heads, TOVA(256, budget="per_layer").heads
-        ('layer', 'head')
+        >>> TOVA(256).averages_heads, TOVA(Budget(256, scope="per_layer")).averages_heads
+        (True, False)
     """
 
     def __init__(
-        self,
-        cache_size: int,
-        n_up: int = 64,
-        budget: str = "per_head",
-        *,
-        heads: str | None = None,
-        sink_tokens: int = 0,
-        recent_tokens: int = 0,
+        self, budget: Budget | int | float, n_up: int = 64, *, heads: str = "layer"
     ) -> None:
-        super().__init__(
-            cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=recent_tokens
-        )
-        if heads is None:
-            heads = "layer" if budget == "per_head" else "head"
-        if heads not in ("layer", "head") or (heads == "layer" and budget != "per_head"):
-            raise ValueError(
-                "TOVA: heads must be 'head', or 'layer' with budget 'per_head', got "
-                f"{heads!r} with {budget!r}"
-            )
+        super().__init__(budget, n_up)
+        if heads not in ("layer", "head"):
+            raise ValueError(f"TOVA: heads must be 'layer' or 'head', got {heads!r}")
         self.heads = heads
+
+    @property
+    def averages_heads(self) -> bool:
+        """Whether the heads of a layer have the same scores."""
+        return self.heads == "layer" and self.budget.scope == "per_head"
+
+    @property
+    def couples_heads(self) -> bool:
+        """Also where scores are means over heads."""
+        return self.averages_heads or super().couples_heads
+
+    def _earlier_settings(self) -> dict[str, Any]:
+        return {**self.settings(), "heads": "layer" if self.averages_heads else "head"}
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """Attention of the last query."""
         attention = received(ctx, 1).to(ctx.state.dtype)
-        if self.heads == "head":
+        if not self.averages_heads:
             return attention
         # The heads of a row keep the same positions, so their rows match one to one.
         rows, segment = live_rows(ctx)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
+from ..budget import Budget
 from ..policy import UpdateContext
-from ..policy.base import select_rows
 from ._base import Baseline, live_rows
 
 
@@ -15,19 +17,16 @@ class StreamingLLM(Baseline):
 
     Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"
     (arXiv:2309.17453). Deviation: the paper re-rotates keys to their rank in the cache; here they
-    keep their original positions, as in a full cache. Both budgets are the same rule.
+    keep their original positions, as in a full cache. Sharing among the heads of a layer changes
+    nothing.
 
     Example:
-        >>> StreamingLLM(cache_size=256).sink_tokens
-        4
+        >>> StreamingLLM(256).budget
+        Budget(256, sink_tokens=4)
     """
 
     needs_window = False
-
-    def __init__(
-        self, cache_size: int, n_up: int = 64, budget: str = "per_head", *, sink_tokens: int = 4
-    ) -> None:
-        super().__init__(cache_size, n_up, budget, sink_tokens=sink_tokens)
+    published: ClassVar[dict[str, Any]] = {"sink_tokens": 4}
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """The position: newer is better. Exact in float32 up to 2^24 tokens."""
@@ -43,19 +42,8 @@ class Random(Baseline):
 
     needs_window = False
 
-    def __init__(
-        self,
-        cache_size: int,
-        n_up: int = 64,
-        budget: str = "per_head",
-        *,
-        seed: int = 0,
-        sink_tokens: int = 0,
-        recent_tokens: int = 0,
-    ) -> None:
-        super().__init__(
-            cache_size, n_up, budget, sink_tokens=sink_tokens, recent_tokens=recent_tokens
-        )
+    def __init__(self, budget: Budget | int | float, n_up: int = 64, *, seed: int = 0) -> None:
+        super().__init__(budget, n_up)
         self.seed = seed
 
     def score(self, ctx: UpdateContext) -> Tensor:
@@ -79,26 +67,21 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class NeverEvict(Baseline):
-    """Keeps everything: the full cache on the ragged store, for tests and as a yardstick.
-
-    Takes the arguments of the other baselines so that it can stand in for them; ``cache_size``
-    and ``budget`` mean nothing.
-    """
+    """Keeps everything, whatever the budget: the full cache on the ragged store."""
 
     needs_window = False
 
-    def __init__(
-        self, cache_size: int | None = None, n_up: int = 64, budget: str = "per_head"
-    ) -> None:
-        super().__init__(1 if cache_size is None else cache_size, n_up, budget)
+    def __init__(self, n_up: int = 64) -> None:
+        super().__init__(Budget(), n_up)
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """Zero for all."""
         return ctx.state.new_zeros(ctx.pos.shape)
 
-    def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        """Everything stays."""
-        return select_rows(scores, ctx)
+    def with_budget(self, budget: Budget | None = None, **changes: Any) -> NeverEvict:
+        """Itself."""
+        del budget, changes
+        return self
 
 
 #: The name under which tables show it.

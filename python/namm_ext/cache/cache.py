@@ -47,7 +47,7 @@ class NAMMCache(Cache):
         ...     vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         ...     num_attention_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0)
         >>> model = transformers.LlamaForCausalLM(config).eval()
-        >>> cache = NAMMCache(model, NAMM(NAMMConfig(n_up=16, cache_size=8)))
+        >>> cache = NAMMCache(model, NAMM(NAMMConfig(n_up=16), budget=8))
         >>> text = torch.ones(1, 40, dtype=torch.long)
         >>> text = model.generate(text, past_key_values=cache, max_new_tokens=4)
         >>> cache.get_seq_length(), cache.report().tokens_kept, cache.report().tokens_live
@@ -69,6 +69,8 @@ class NAMMCache(Cache):
         else:
             config = decoder_config(model_or_config)
         types = layer_types(config)
+        if policy.calibration is not None:
+            policy.calibration.check_model(len(types), getattr(config, "num_key_value_heads", None))
         if param_index is not None:
             param_index = torch.as_tensor(param_index, dtype=torch.int32)
             if param_index.dim() != 1:

@@ -80,12 +80,13 @@ def fill(
     path: str | Path,
 ) -> None:
     """Put what ``read`` found in the file ``path`` into a new cache. See ``NAMMCache.load``."""
-    for what, expected in (
-        ("policy", session.policy.fingerprint()),
-        ("model", model_fingerprint(model)),
-        ("num_layers", str(len(layers))),
+    earlier = session.policy.earlier_fingerprints()
+    for what, expected, also in (
+        ("policy", session.policy.fingerprint(), earlier),
+        ("model", model_fingerprint(model), ()),
+        ("num_layers", str(len(layers)), ()),
     ):
-        if metadata.get(what) != expected:
+        if metadata.get(what) not in (expected, *also):
             raise ValueError(
                 f"{path}: {what} must be {expected}, got {metadata.get(what)}; the cache was "
                 f"filled with another {'model' if what == 'num_layers' else what}"

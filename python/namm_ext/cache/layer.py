@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from ..policy import Policy
 from ..ragged import RaggedKV
 from . import compiled
 from .session import Session
@@ -154,11 +153,11 @@ class NAMMLayer(CacheLayerMixin):
             )
         # Heads are counted here and not in the config: tensor parallelism splits them.
         heads = getattr(self.session.config, "num_key_value_heads", None)
-        if heads is not None and k.shape[1] < heads and _couples_heads(self.session.policy):
+        if heads is not None and k.shape[1] < heads and self.session.policy.couples_heads:
             raise ValueError(
                 f"NAMMCache: a process holds {k.shape[1]} of {heads} KV heads, so the policy must "
-                "decide for each head by itself (no budget 'per_layer', no selection 'reference', "
-                f"no mean over heads), got {self.session.policy!r}"
+                "decide for each head by itself (scope 'per_head', no selection 'original', no "
+                f"mean over heads), got {self.session.policy!r}"
             )
         return RaggedKV(
             self.session.policy_on(q.device),
@@ -182,12 +181,3 @@ class NAMMLayer(CacheLayerMixin):
         new.kv = copy.deepcopy(self.kv, memo)
         new.handle = compiled.register(new)
         return new
-
-
-def _couples_heads(policy: Policy) -> bool:
-    settings = getattr(policy, "config", policy)
-    return (
-        getattr(settings, "budget", None) == "per_layer"
-        or getattr(settings, "selection", None) == "reference"
-        or getattr(policy, "heads", None) == "layer"
-    )

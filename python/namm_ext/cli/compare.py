@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pprint
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
-from ..config import NAMMConfig
+from ..policy import NAMM
 from ..tasks import IN_USE, RecordMix
 from .shared import Json, Keep, Model, Threads, load_model, load_policy, make_console, set_threads
 
@@ -87,12 +86,12 @@ def compare(
     memories = [load_policy(name) for name in policy] if policy else [load_policy(None)]
     if layer_share:
         shares = tuple(layer_share)
-        memories = [(m.with_config(layer_shares=shares), name) for m, name in memories]
+        memories = [(m.with_budget(layer_shares=shares), name) for m, name in memories]
     if tune:
         _tune(
             loaded,
             tokenizer,
-            memories[0][0].config,
+            memories[0][0],
             keep,
             (length or [1024])[0],
             examples,
@@ -105,9 +104,9 @@ def compare(
         names = [f"NAMM {i + 1}" for i in range(len(memories))]
     methods = [
         side_by_side.full_method(),
-        *(side_by_side.namm_method(m, n) for (m, _), n in zip(memories, names, strict=True)),
+        *(side_by_side.Method(n, m) for (m, _), n in zip(memories, names, strict=True)),
         *(
-            side_by_side.baseline_method(name, memories[0][0].config)
+            side_by_side.Method(name, side_by_side.tuned_baseline(name, memories[0][0]))
             for name in (side_by_side.TUNED if baseline is None else baseline)
         ),
     ]
@@ -153,7 +152,7 @@ def compare(
 def _tune(
     model: Any,
     tokenizer: Any,
-    memory: NAMMConfig,
+    memory: NAMM,
     keep: float,
     length: int,
     examples: int,
@@ -177,9 +176,10 @@ def _tune(
         workload.examples,
         n_up=memory.n_up,
         keep_fraction=keep,
-        layer_shares=memory.layer_shares,
-        on_trial=lambda name, settings, value: console.print(
-            f"{name:13}{value:6.1%}  {settings}", style="dim", highlight=False
+        layer_shares=memory.budget.layer_shares,
+        on_trial=lambda rule, value: console.print(
+            f"{value:6.1%}  {rule}", style="dim", highlight=False
         ),
     )
-    console.print(f"TUNED = {pprint.pformat(found, sort_dicts=False, width=96)}", highlight=False)
+    for rule in found.values():
+        console.print(rule, highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,8 +70,8 @@ def evolve(
     ] = None,
     n_up: Annotated[int, typer.Option(help="How many tokens lie between two updates.")] = 64,
     keep: Keep = 0.25,
-    budget: Annotated[
-        str, typer.Option(help="Who shares a budget: per_head or per_layer.")
+    scope: Annotated[
+        str, typer.Option(help="Who shares the budget: per_head or per_layer.")
     ] = "per_layer",
     features: Annotated[
         str, typer.Option(help="How the features are transformed: none or log.")
@@ -94,17 +95,12 @@ def evolve(
             tokenizer, text, jsonl, tuple(length or (256, 512, 1024)), chat_template, in_use
         )
         config = EvolveConfig(
-            namm=EvolveConfig().namm.replace(
-                n_up=n_up,
-                budget=budget,
-                feature_transform=features,
-                cache_size=max(1, int(keep * max(problem.context_lengths))),
-            ),
+            namm=EvolveConfig().namm.replace(n_up=n_up, feature_transform=features),
+            budget=replace(EvolveConfig().budget, size=keep, scope=scope),
             generations=generations,
             popsize=popsize,
             sigma0=sigma,
             seed=seed,
-            keep_fraction=keep,
             imitation=ImitateConfig() if imitate else None,
         )
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

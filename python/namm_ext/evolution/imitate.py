@@ -10,7 +10,6 @@ counts is always that of the full cache.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..config import NAMMConfig, layer_cache_size
+from ..budget import Budget
+from ..config import NAMMConfig
 from ..patching import patch
 from ..policy import NAMM, Policy, UpdateContext
 from .evaluate import Context, by_length, read
@@ -92,7 +92,7 @@ def imitate(
     mean: Tensor,
     var: Tensor,
     *,
-    keep_fraction: float,
+    budget: Budget,
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
     on_step: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -107,10 +107,10 @@ def imitate(
     Args:
         model: a causal language model of transformers with the "eager" attention.
         problem: whose contexts are read (``fit_batches``).
-        namm: of the memory.
+        namm: how the memory scores.
         imitation: how to fit.
         mean, var: ``[17]`` statistics of the features (:func:`calibrate_statistics`).
-        keep_fraction: budget of a context = this share of its tokens per head.
+        budget: how much it keeps; a share is one of the length of a batch's longest context.
         seed: of the start and of all draws.
         state: what ``on_state`` was given last; the fit goes on from there, bit for bit. What the
             rounds so far have read is read again.
@@ -126,7 +126,7 @@ def imitate(
         ValueError: if the contexts fit into the budget, so that nothing is ever evicted, or
             ``layer_weights`` are not one per layer.
     """
-    fit = _Fit(model, problem, namm, imitation, mean, var, keep_fraction, seed)
+    fit = _Fit(model, problem, namm, imitation, mean, var, budget, seed)
     if state is not None:
         fit.load(state)
     try:
@@ -149,13 +149,13 @@ class _Fit:
         imitation: ImitateConfig,
         mean: Tensor,
         var: Tensor,
-        keep_fraction: float,
+        budget: Budget,
         seed: int,
     ) -> None:
         self.model, self.problem, self.namm, self.imitation = model, problem, namm, imitation
-        self.mean, self.var, self.keep_fraction, self.seed = mean, var, keep_fraction, seed
+        self.mean, self.var, self.budget, self.seed = mean, var, budget, seed
         num_layers = model.config.num_hidden_layers
-        self.counts = imitation.layer_weights or namm.layer_shares or (1.0,) * num_layers
+        self.counts = imitation.layer_weights or budget.layer_shares or (1.0,) * num_layers
         if len(self.counts) != num_layers:
             raise ValueError(
                 f"imitate: layer_weights must have {num_layers} entries, one per layer, "
@@ -201,16 +201,14 @@ class _Fit:
         policy = NAMM(self.namm, self.starts[round_], self.mean, self.var)
         batches = self.problem.fit_batches(self.seed, round_, self.imitation.num_tokens)
         for batch in batches:
-            cache_size = max(1, int(self.keep_fraction * length_of(batch)))
-            reader = copy.copy(policy)
-            reader.config = self.namm.replace(cache_size=cache_size)
+            reader = policy.with_budget(self.budget.of_context(length_of(batch)))
             for choice in _read(self.model, reader, batch, self.imitation.answer_weight):
                 layers.setdefault(choice.layer, []).append(choice)
         if not layers:
             lengths = sorted({length_of(batch) for batch in batches})
             raise ValueError(
                 "imitate: contexts must be long enough for evictions, got lengths "
-                f"{lengths} with keep_fraction {self.keep_fraction}"
+                f"{lengths} with {self.budget}"
             )
         for choices in layers.values():
             choices.sort(key=lambda choice: choice.size)
@@ -333,7 +331,7 @@ class _Recorder(Policy):
         scores, state = self.inner.update(ctx)
         starts, used = ctx.cu_seqlens_k.tolist(), ctx.seqused_k.tolist()
         live = [slice(start, start + n) for start, n in zip(starts, used, strict=False)]
-        for row, num_tokens in enumerate(ctx.seen.tolist()):
+        for row, num_tokens in enumerate(ctx.seen):
             if (num_tokens // self.n_up + ctx.layer_idx) % self.every == 0:
                 heads = live[row * ctx.num_kv_heads : (row + 1) * ctx.num_kv_heads]
                 now = [tuple(t[h].cpu().clone() for h in heads) for t in (state, ctx.pos)]
@@ -377,11 +375,11 @@ def _read(
 def _choices(policy: NAMM, seen: _Seen, wanted: Tensor) -> Iterator[_Choice]:
     """One per layer or one per head, as the budget is shared; none where all tokens may stay."""
     config = policy.config
-    assert config.cache_size is not None  # `imitate` sets it
-    share = config.layer_shares[seen.layer] if config.layer_shares else 1.0
-    budget = layer_cache_size(config.cache_size, share)
+    size = policy.room(seen.layer, seen.num_tokens).size
+    if size is None:
+        return
     num_heads = len(seen.pos)
-    together = num_heads if config.budget == "per_layer" else 1
+    together = 1 if policy.budget.scope == "per_head" else num_heads
     for first in range(0, num_heads, together):
         heads = range(first, first + together)
         choice = _Choice(
@@ -396,7 +394,7 @@ def _choices(policy: NAMM, seen: _Seen, wanted: Tensor) -> Iterator[_Choice]:
             ),
             tuple(wanted[h, seen.pos[h].long()].clone() for h in heads),
         )
-        if choice.size > budget * together:
+        if choice.size > size * together:
             yield choice
 
 

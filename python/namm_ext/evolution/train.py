@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..budget import Budget
 from ..config import NAMMConfig
 from ..patching import patch
 from ..policy import NAMM, Policy, StatisticsCalibrator
@@ -36,12 +37,12 @@ class EvolveConfig:
     """How to search, whatever the problem.
 
     Attributes:
-        namm: of the memory; its ``cache_size`` is set per batch from ``keep_fraction``.
+        namm: how the memory scores.
+        budget: how much it keeps; a share is one of the length of a batch's longest context.
         generations: how many to run.
         popsize: candidates per generation.
         sigma0: initial step size of CMA-ES.
         seed: of the search and of the training batches.
-        keep_fraction: budget of a context = this share of its tokens per head.
         validate_every: generations between two validations of the mean.
         imitation: how to fit the start of the search by gradient (:func:`imitate`); None starts at
             zero, where a memory keeps the newest tokens.
@@ -52,17 +53,13 @@ class EvolveConfig:
             n_up=64,
             ema_coeff=0.9995,
             feature_transform="log",
-            threshold=None,
-            cache_size=256,
-            budget="per_layer",
-            sink_tokens=4,
         )
     )
+    budget: Budget = field(default_factory=lambda: Budget(0.25, scope="per_layer", sink_tokens=4))
     generations: int = 100
     popsize: int = 16
     sigma0: float = 0.065
     seed: int = 0
-    keep_fraction: float = 0.25
     validate_every: int = 10
     imitation: ImitateConfig | None = None
 
@@ -74,20 +71,12 @@ class EvolveConfig:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"EvolveConfig: {name} must be at least {least}, got {value}")
-        if not 0 < self.keep_fraction <= 1:
-            raise ValueError(
-                f"EvolveConfig: keep_fraction must be in (0, 1], got {self.keep_fraction}"
-            )
         if not 0 < self.sigma0 < np.inf:
             raise ValueError(f"EvolveConfig: sigma0 must be positive, got {self.sigma0}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "namm": self.namm.to_dict()}
-
-    def cache_size(self, length: int) -> int:
-        """Tokens a head may keep of a context of ``length`` tokens."""
-        return max(1, int(self.keep_fraction * length))
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -200,7 +189,7 @@ def _check(
         )
     num_layers = model.config.num_hidden_layers
     weights = config.imitation.layer_weights if config.imitation else None
-    for name, values in (("layer_shares", config.namm.layer_shares), ("layer_weights", weights)):
+    for name, values in (("layer_shares", config.budget.layer_shares), ("layer_weights", weights)):
         if values is not None and len(values) != num_layers:
             raise ValueError(
                 f"evolve: {name} must have {num_layers} entries, one per layer, got {values}"
@@ -271,7 +260,7 @@ class _Run:
         return imitate(
             *(self.model, self.problem, self.config.namm, self.config.imitation),
             *(self.mean, self.var),
-            keep_fraction=self.config.keep_fraction,
+            budget=self.config.budget,
             seed=self.config.seed,
             state=state if state is not None and "params" in state else None,
             on_step=on_imitation,
@@ -298,7 +287,7 @@ class _Run:
             policy: Any = self.policy_of(vectors)
         else:
             policy = NAMM(self.config.namm, vectors, self.mean, self.var)
-        return policy.with_config(cache_size=self.config.cache_size(length))
+        return policy.with_budget(self.config.budget.of_context(length))
 
     def step(self) -> dict[str, Any]:
         """One generation: ask, evaluate, tell, maybe validate, save."""

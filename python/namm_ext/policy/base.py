@@ -7,17 +7,21 @@ the store's ``state``, so one policy serves any number of caches.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..budget import Budget, whole_tokens
+from .calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class UpdateContext:
         layer_idx: of the layer.
         num_kv_heads: H.
         param_index: ``[B]`` int32, candidate of each row in a bank of parameters.
-        seen: ``[B]`` int32 real tokens of each row so far.
+        seen: real tokens of each row so far, B ints.
+        due: the same as ``active``, B bools on the host.
     """
 
     q_window: Tensor
@@ -52,88 +57,189 @@ class UpdateContext:
     layer_idx: int
     num_kv_heads: int
     param_index: Tensor
-    seen: Tensor
+    seen: tuple[int, ...]
+    due: tuple[bool, ...]
+
+
+class Room(NamedTuple):
+    """Tokens that a KV head may hold after an update; a mean where heads share."""
+
+    size: int | None
+    sinks: int
+    recent: int
+
+
+PolicyT = TypeVar("PolicyT", bound="Policy")
 
 
 class Policy:
-    """Base of NAMM and of every baseline.
+    """Base of NAMM and of every baseline: a score per token, and a budget that says who stays.
 
     Attributes:
         n_up: real tokens between two updates.
         num_state: float32 numbers a token carries (F); 0 for none.
         needs_window: whether :meth:`update` reads ``q_window`` and ``lse_window``; without it the
             store keeps no queries and both have no rows.
+        budget: how much stays; no limit by default.
+        calibration: what makes layers and heads comparable, for one model; None for none.
+        min_recent: newest tokens that stay whatever the budget says, as far as there is room.
     """
 
     n_up: int
     num_state: int = 0
     needs_window: bool = True
+    budget: Budget = Budget()
+    calibration: Calibration | None = None
+    min_recent: int = 0
+
+    # Deciding ----------------------------------------------------------------------------------
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """Score every live token: ``scores [C]`` and the new ``state [C, F]``, out of place."""
         raise NotImplementedError
 
     def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        """Turn scores into ``keep [C]`` uint8 and ``num_kept [S]`` int32 (-1: NaN score)."""
+        """Apply the budget. What a row keeps never depends on other rows.
+
+        Args:
+            scores: ``[C]``, higher stays longer.
+            ctx: the update they belong to.
+
+        Returns:
+            ``keep [C]`` uint8 and ``num_kept [S]`` int32, -1 where a score is NaN
+            (:func:`check_num_kept`).
+
+        Raises:
+            ValueError: if the budget needs a calibration that is missing or of another model.
+        """
+        threshold = -math.inf if self.budget.threshold is None else float(self.budget.threshold)
+        if self.calibration is not None and self.budget.scope != "per_head":
+            scores = self._comparable(scores, ctx, self.calibration, threshold)
+            if threshold > -math.inf:  # by now the scores below it are -inf
+                threshold = torch.finfo(scores.dtype).min
+        rooms = [
+            self.room(ctx.layer_idx, n) if due else None
+            for n, due in zip(ctx.seen, ctx.due, strict=True)
+        ]
+        first, *others = dict.fromkeys(r for r in rooms if r is not None) or [Room(None, 0, 0)]
+        if not others:
+            return self._choose(scores, ctx, ctx.active, threshold, first)
+        choices = []
+        for room in (first, *others):  # the op has one size: rows of other sizes wait
+            mine = torch.tensor([r == room for r in rooms], device=scores.device)
+            choices.append(self._choose(scores, ctx, mine, threshold, room))
+        # A row that waits keeps all it has, so the least is what the row's own call has decided.
+        keep, num_kept = (torch.stack(parts).amin(0) for parts in zip(*choices, strict=True))
+        return keep, num_kept
+
+    def _choose(
+        self, scores: Tensor, ctx: UpdateContext, active: Tensor, threshold: float, room: Room
+    ) -> tuple[Tensor, Tensor]:
+        return ops.select(
+            scores,
+            ctx.pos,
+            ctx.cu_seqlens_k,
+            ctx.seqused_k,
+            active,
+            threshold=threshold,
+            cache_size=-1 if room.size is None else room.size,
+            # Each layer has its part of the global budget, which its heads share.
+            budget="per_head" if self.budget.scope == "per_head" else "per_layer",
+            fill=self.budget.selection == "original",
+            protect_newest=self.budget.protect_newest,
+            sink_tokens=room.sinks,
+            recent_tokens=room.recent,
+        )
+
+    def _comparable(
+        self, scores: Tensor, ctx: UpdateContext, calibration: Calibration, threshold: float
+    ) -> Tensor:
+        """Scores with the offsets of their heads, -inf below the threshold; NaN stays NaN."""
+        calibration.check_model(None, ctx.num_kv_heads)
+        slots = torch.arange(scores.numel(), device=scores.device, dtype=torch.int32)
+        head = torch.bucketize(slots, ctx.cu_seqlens_k[1:], right=True) % ctx.num_kv_heads
+        offsets = calibration.offsets[ctx.layer_idx].to(scores)
+        return (scores + offsets[head]).masked_fill(scores < threshold, -math.inf)
+
+    def room(self, layer_idx: int, seen: int) -> Room:
+        """What the budget leaves to a head of a layer when its row has seen ``seen`` tokens.
+
+        Raises:
+            ValueError: if the scope is "global" and there is no calibration, or the budget says
+                nothing about the layer.
+        """
+        size, limit = self.budget.size, None
+        if self.budget.scope == "global":
+            if self.calibration is None:
+                raise ValueError(
+                    "Budget: scope 'global' needs a calibration for the model, got none; run "
+                    "`namm calibrate MODEL` to make one"
+                )
+            assert size is not None  # a Budget makes sure
+            share = size if isinstance(size, float) else min(1.0, size / max(seen, 1))
+            limit = whole_tokens(seen * self.calibration.layer_fraction(layer_idx, share))
+        elif size is not None:
+            tokens = size * seen if isinstance(size, float) else size
+            limit = whole_tokens(tokens * self.budget.layer_share(layer_idx))
+        num_tokens = seen if limit is None else limit
+        sinks, recent = self.budget.floors(num_tokens)
+        return Room(limit, sinks, max(recent, min(self.min_recent, num_tokens - sinks)))
+
+    @property
+    def couples_heads(self) -> bool:
+        """Whether the heads of a layer decide together, so that a process must hold them all."""
+        return self.budget.couples_heads
+
+    # Deriving one policy from another ----------------------------------------------------------
+
+    def with_budget(self: PolicyT, budget: Budget | None = None, **changes: Any) -> PolicyT:
+        """The same policy with another budget, or with fields of its budget changed.
+
+        Example:
+            >>> from namm_ext.baselines import KNorm
+            >>> KNorm(256).with_budget(scope="per_layer", sink_tokens=4).budget
+            Budget(256, scope='per_layer', sink_tokens=4)
+        """
+        other = copy.copy(self)
+        other.budget = dataclasses.replace(self.budget if budget is None else budget, **changes)
+        return other
+
+    def with_calibration(self: PolicyT, calibration: Calibration | None) -> PolicyT:
+        """The same policy, calibrated for a model."""
+        other = copy.copy(self)
+        other.calibration = calibration
+        return other
+
+    def to(self: PolicyT, device: torch.device | str) -> PolicyT:
+        """This policy with its tensors on ``device``; itself if they are there already."""
+        if self.calibration is None or self.calibration.to(device) is self.calibration:
+            return self
+        return self.with_calibration(self.calibration.to(device))
+
+    # Identity ----------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values, ready for JSON."""
         raise NotImplementedError
 
-    def to(self, device: torch.device | str) -> Policy:
-        """This policy with its tensors on ``device``."""
-        del device
-        return self
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that decide besides the settings, by name."""
+        if self.calibration is None:
+            return {}
+        return {f"calibration.{name}": t for name, t in self.calibration.tensors().items()}
 
     def fingerprint(self) -> str:
         """Hash of everything that decides what is kept; saved caches refer to it."""
-        raise NotImplementedError
+        return hash_of(self, self.to_dict(), self.tensors().values())
+
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What :meth:`fingerprint` was in caches that version 1 of the files refers to."""
+        return ()
 
 
-def select_rows(
-    scores: Tensor,
-    ctx: UpdateContext,
-    *,
-    threshold: float | None = None,
-    cache_size: int | None = None,
-    budget: str = "per_head",
-    fill: bool = False,
-    protect_newest: bool = True,
-    sink_tokens: int = 0,
-    recent_tokens: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`namm_ext.ops.select` on the segments of an update; None means no limit.
-
-    Returns:
-        ``keep [C]`` uint8 and ``num_kept [S]`` int32.
-    """
-    return ops.select(
-        scores,
-        ctx.pos,
-        ctx.cu_seqlens_k,
-        ctx.seqused_k,
-        ctx.active,
-        threshold=-math.inf if threshold is None else float(threshold),
-        cache_size=-1 if cache_size is None else cache_size,
-        budget=budget,
-        fill=fill,
-        protect_newest=protect_newest,
-        sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens,
-    )
-
-
-def layer_share(layer_shares: tuple[float, ...] | None, ctx: UpdateContext) -> float:
-    """The share of the mean budget that the layer of an update has; 1 without ``layer_shares``.
-
-    Raises:
-        ValueError: if there is no entry for the layer.
-    """
-    if layer_shares is None:
-        return 1.0
-    if not 0 <= ctx.layer_idx < len(layer_shares):
-        raise ValueError(
-            f"layer_shares must have an entry for every layer, got {len(layer_shares)} entries "
-            f"and layer {ctx.layer_idx}"
-        )
-    return layer_shares[ctx.layer_idx]
+def as_budget(value: Budget | int | float | None, **fields: Any) -> Budget:
+    """A budget as it is; a bare size as a budget with ``fields``."""
+    return value if isinstance(value, Budget) else Budget(value, **fields)
 
 
 def check_num_kept(num_kept: Tensor, ctx: UpdateContext) -> list[int]:
@@ -160,7 +266,7 @@ def check_num_kept(num_kept: Tensor, ctx: UpdateContext) -> list[int]:
     return counts
 
 
-def fingerprint_of(policy: Policy, settings: Mapping[str, Any], tensors: Sequence[Tensor]) -> str:
+def hash_of(policy: Policy, settings: dict[str, Any], tensors: Iterable[Tensor]) -> str:
     """Hash of the class, its settings and its tensors."""
     digest = hashlib.sha256(type(policy).__name__.encode())
     digest.update(json.dumps(settings, sort_keys=True).encode())

@@ -4,36 +4,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..budget import Budget
 from ..config import NAMMConfig
+from . import version1
+from .calibration import Calibration
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "namm.safetensors"
 FORMAT = "namm_ext.NAMM"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BUNDLED_PREFIX = "bundled:"
 
 
-def write_policy(directory: str | Path, config: NAMMConfig, tensors: Mapping[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class StoredPolicy:
+    """What a folder holds: the arguments of ``NAMM``, and the file its tensors come from."""
+
+    arguments: dict[str, Any]
+    source: str
+
+
+def write_policy(
+    directory: str | Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     """Write the two files into ``directory``, which is made if it is missing."""
     safetensors_torch = _safetensors()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     safetensors_torch.save_file(tensors, str(folder / WEIGHTS_FILE))
-    text = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
+    text = {"format": FORMAT, "format_version": FORMAT_VERSION, **settings}
     (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
 
-def read_policy(
-    name: str, revision: str | None = None
-) -> tuple[NAMMConfig, dict[str, Tensor], str]:
-    """What :func:`write_policy` wrote: the config, the tensors, and where the tensors come from.
+def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
+    """What :func:`write_policy` wrote, in this version or the one before.
 
     Args:
         name: a folder, ``"bundled:<name>"`` or a Hugging Face Hub id.
@@ -44,7 +56,7 @@ def read_policy(
         ValueError: if a file is damaged or not a NAMM; names the file and the field.
     """
     folder = _find_policy(name, revision)
-    config = _read_config(folder / CONFIG_FILE)
+    config, budget = _read_settings(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"NAMM: {path} is missing")
@@ -55,6 +67,11 @@ def read_policy(
         tensors = safetensors_torch.load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"{path}: must be a safetensors file, got {error}") from error
+    calibration = {
+        key.removeprefix("calibration."): tensors.pop(key)
+        for key in sorted(tensors)
+        if key.startswith("calibration.")
+    }
     expected = {"params", "mean", "var", "count"}
     if set(tensors) != expected:
         raise ValueError(
@@ -63,7 +80,13 @@ def read_policy(
         )
     if tensors["count"].numel() != 1:
         raise ValueError(f"{path}: count must be one number, got {list(tensors['count'].shape)}")
-    return config, tensors, str(path)
+    arguments = {**tensors, "count": int(tensors["count"]), "config": config, "budget": budget}
+    if calibration:
+        try:
+            arguments["calibration"] = Calibration.from_tensors(calibration)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return StoredPolicy(arguments, str(path))
 
 
 def bundled_policies() -> list[str]:
@@ -101,7 +124,7 @@ def _find_policy(name: str, revision: str | None) -> Path:
     )
 
 
-def _read_config(path: Path) -> NAMMConfig:
+def _read_settings(path: Path) -> tuple[NAMMConfig, Budget]:
     if not path.is_file():
         raise FileNotFoundError(f"NAMM: {path} is missing")
     try:
@@ -110,13 +133,13 @@ def _read_config(path: Path) -> NAMMConfig:
         raise ValueError(f"{path}: must be JSON, got {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT!r}; this is not a saved NAMM")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format_version must be {FORMAT_VERSION}, "
-            f"got {content.get('format_version')!r}"
-        )
+    version, config = content.get("format_version"), content.get("config", {})
+    if version not in (1, FORMAT_VERSION):
+        raise ValueError(f"{path}: format_version must be 1 or {FORMAT_VERSION}, got {version!r}")
     try:
-        return NAMMConfig.from_dict(content.get("config", {}))
+        if version == 1:
+            return version1.split_config(config)
+        return NAMMConfig.from_dict(config), Budget.from_dict(content.get("budget", {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

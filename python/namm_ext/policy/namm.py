@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..config import NAMMConfig, layer_cache_size
-from . import files
-from .base import Policy, UpdateContext, checked, fingerprint_of, layer_share, select_rows
-from .original import read_reference_checkpoint
+from ..budget import Budget
+from ..config import NAMMConfig
+from . import files, version1
+from .base import Policy, UpdateContext, as_budget, checked, hash_of
+from .calibration import Calibration
+from .original import read_original_checkpoint
 from .statistics import StatisticsCalibrator, StatisticsCollector, spectrogram
 
 
@@ -22,17 +24,21 @@ class NAMM(Policy):
     """Neural attention memory: a small evolved network that scores each cached token.
 
     Args:
-        config: what it computes.
+        config: how it scores.
         params: ``[n]`` flat vector, or ``[P, n]`` bank of candidates, n = ``config.num_params``;
             zeros by default, which scores every token 0 and keeps everything.
         mean, var: ``[17]`` statistics of the (transformed) features; 0 and 1 by default.
         count: tokens the statistics were taken from; information only.
+        budget: how much stays, or a size alone; by default the paper's rule, all tokens with
+            ``score >= 0``.
+        calibration: what makes the scores of a model's layers and heads comparable.
+        source: what error messages name.
 
     Raises:
         ValueError: if a tensor has another size, a NaN or infinite value, or a negative variance.
 
     Example:
-        >>> policy = NAMM(NAMMConfig(n_up=64))
+        >>> policy = NAMM(NAMMConfig(n_up=64), budget=256)
         >>> policy.named_parameters()["W1"].shape
         torch.Size([25, 96])
     """
@@ -47,6 +53,8 @@ class NAMM(Policy):
         var: Tensor | None = None,
         count: int = 0,
         *,
+        budget: Budget | int | float | None = None,
+        calibration: Calibration | None = None,
         source: str = "NAMM",
     ) -> None:
         n = config.num_params
@@ -67,10 +75,12 @@ class NAMM(Policy):
         if self.params.numel() == 0:
             raise ValueError(f"{source}: params must hold at least one vector, got none")
         self.count = int(count)
+        self.budget = Budget(threshold=0.0) if budget is None else as_budget(budget)
+        self.calibration = calibration
 
     def __repr__(self) -> str:
         kind = f"{self.num_candidates} candidates" if self.params.dim() == 2 else "one vector"
-        return f"NAMM({self.config}, params: {kind} of {self.config.num_params})"
+        return f"NAMM({self.config}, {self.budget}, params: {kind} of {self.config.num_params})"
 
     @property
     def num_candidates(self) -> int:
@@ -118,64 +128,42 @@ class NAMM(Policy):
             )
         return scores, state
 
-    def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        """Apply the configured threshold, budget and floors.
-
-        Returns:
-            ``keep [C]`` uint8 and ``num_kept [S]`` int32, -1 where a score is NaN
-            (:func:`check_num_kept`).
-        """
-        c = self.config
-        size, sinks, recent = c.cache_size, c.sink_tokens, c.recent_tokens
-        if size is not None:
-            size = layer_cache_size(size, layer_share(c.layer_shares, ctx))
-            sinks = min(sinks, size)  # a layer with a small share may have no room for the floors
-            recent = min(recent, size - sinks)
-        return select_rows(
-            scores,
-            ctx,
-            threshold=c.threshold,
-            cache_size=size,
-            # The global budget is its calibrated threshold; cache_size caps each head.
-            budget="per_layer" if c.budget == "per_layer" else "per_head",
-            fill=c.selection == "reference",
-            protect_newest=c.protect_newest,
-            sink_tokens=sinks,
-            recent_tokens=recent,
-        )
-
     # Deriving one NAMM from another -------------------------------------------------------------
 
     def to(self, device: torch.device | str) -> NAMM:
         """This NAMM with its tensors on ``device``; itself if they are there already."""
+        moved = super().to(device)
         if self.params.device == torch.empty(0, device=device).device:
-            return self
-        moved = copy.copy(self)  # not __init__: its checks would wait for the device
+            return moved
+        moved = copy.copy(moved)  # not __init__: its checks would wait for the device
         moved.params, moved.mean, moved.var = (
             t.to(device) for t in (self.params, self.mean, self.var)
         )
         return moved
 
     def with_params(self, params: Tensor) -> NAMM:
-        """Same config and statistics with other parameters, e.g. a bank ``[P, n]``.
+        """The same with other parameters, e.g. a bank ``[P, n]``.
 
         A bank makes a population policy: each row of a batch is judged by its own candidate.
         """
-        return NAMM(self.config, params, self.mean, self.var, self.count)
+        return self._with(params=params)
 
     def with_config(self, **changes: Any) -> NAMM:
-        """Same parameters and statistics with fields of the config changed.
+        """The same with fields of the config changed.
 
         Example:
-            >>> NAMM(NAMMConfig()).with_config(cache_size=256, threshold=None).config.cache_size
-            256
+            >>> NAMM(NAMMConfig()).with_config(n_up=64).config.n_up
+            64
         """
-        config = self.config.replace(**changes)
-        return NAMM(config, self.params, self.mean, self.var, self.count)
+        return self._with(config=self.config.replace(**changes))
 
     def with_statistics(self, statistics: StatisticsCollector | StatisticsCalibrator) -> NAMM:
-        """Same parameters and config with collected statistics."""
-        return NAMM(self.config, self.params, statistics.mean, statistics.var, statistics.count)
+        """The same with collected statistics."""
+        return self._with(mean=statistics.mean, var=statistics.var, count=statistics.count)
+
+    def _with(self, **changes: Any) -> NAMM:
+        names = ("config", "params", "mean", "var", "count", "budget", "calibration")
+        return NAMM(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def named_parameters(self) -> dict[str, Tensor]:
         """Views of the flat vector by name (W1, b1, ...), weights as ``[in][out]``.
@@ -211,21 +199,30 @@ class NAMM(Policy):
         parts = [checked(name, named[name], shape, "NAMM").flatten() for name, shape in layout]
         return cls(config, torch.cat(parts), mean, var)
 
-    def fingerprint(self) -> str:
-        """Hash of config, parameters and statistics."""
-        return fingerprint_of(self, self.config.to_dict(), [self.params, self.mean, self.var])
+    def to_dict(self) -> dict[str, Any]:
+        """Config and budget."""
+        return {"config": self.config.to_dict(), "budget": self.budget.to_dict()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, statistics and the calibration, if there is one."""
+        own = {"params": self.params, "mean": self.mean, "var": self.var}
+        return {**own, **super().tensors()}
+
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """In version 1 a threshold had two names."""
+        if self.calibration is not None:
+            return ()
+        flat = {**self.config.to_dict(), **version1.flat_budget(self.budget)}
+        tensors = [self.params, self.mean, self.var]
+        scopes = (flat["budget"], "global")
+        return tuple(hash_of(self, {**flat, "budget": scope}, tensors) for scope in scopes)
 
     # Files ---------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``namm.safetensors`` into ``directory``."""
-        tensors = {
-            "params": self.params,
-            "mean": self.mean,
-            "var": self.var,
-            "count": torch.tensor(self.count, dtype=torch.int64),
-        }
-        files.write_policy(directory, self.config, tensors)
+        count = torch.tensor(self.count, dtype=torch.int64)
+        files.write_policy(directory, self.to_dict(), {**self.tensors(), "count": count})
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> NAMM:
@@ -239,36 +236,42 @@ class NAMM(Policy):
             FileNotFoundError: if there is no such policy or one of its two files is missing.
             ValueError: if a file is damaged or not a NAMM; names the file and the field.
         """
-        config, tensors, source = files.read_policy(str(name_or_path), revision)
-        return cls(
-            config,
-            tensors["params"],
-            tensors["mean"],
-            tensors["var"],
-            int(tensors["count"]),
-            source=source,
-        )
+        stored = files.read_policy(str(name_or_path), revision)
+        return cls(**stored.arguments, source=stored.source)
 
     @classmethod
-    def load_reference_checkpoint(
-        cls, path: str | Path, which: str = "mean", config: NAMMConfig | None = None
+    def load_original_checkpoint(
+        cls,
+        path: str | Path,
+        which: str = "mean",
+        config: NAMMConfig | None = None,
+        budget: Budget | int | float | None = None,
     ) -> NAMM:
         """Read a checkpoint of SakanaAI/evo-memory (``ckpt.pt``, ``latest.pt``, ``iter_*.pt``).
 
-        No pickled code is executed. See :func:`read_reference_checkpoint`.
+        No pickled code is executed. See :func:`read_original_checkpoint`.
 
         Args:
             path: the ``.pt`` file.
             which: "mean" (what the original evaluates) or "best" (the best sampled member).
-            config: defaults to the original's: NAMM-BAM with ``selection="reference"``.
+            config: defaults to the original's, NAMM-BAM.
+            budget: defaults to the original's, ``score >= 0`` with ``selection="original"``.
 
         Raises:
             ValueError: if the file is damaged, foreign, or of another parameter count.
         """
-        values = read_reference_checkpoint(path, which)
-        if config is None:
-            config = NAMMConfig(selection="reference")
-        return cls(config, values.params, values.mean, values.var, values.count, source=str(path))
+        values = read_original_checkpoint(path, which)
+        if budget is None:
+            budget = Budget(threshold=0.0, selection="original")
+        return cls(
+            NAMMConfig() if config is None else config,
+            values.params,
+            values.mean,
+            values.var,
+            values.count,
+            budget=budget,
+            source=str(path),
+        )
 
 
 def _layout(config: NAMMConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -15,7 +15,7 @@ from .base import checked
 
 
 @dataclass(frozen=True)
-class ReferenceCheckpoint:
+class OriginalCheckpoint:
     """What a NAMM needs from a checkpoint of the original."""
 
     params: Tensor
@@ -27,7 +27,7 @@ class ReferenceCheckpoint:
 _STORED = "stored_buffers_to_save.token_embedding_0_output_"
 
 
-def read_reference_checkpoint(path: str | Path, which: str = "mean") -> ReferenceCheckpoint:
+def read_original_checkpoint(path: str | Path, which: str = "mean") -> OriginalCheckpoint:
     """Parameters of any size and statistics from a checkpoint of the original (spec 9.5).
 
     The file is mapped, not read: of its 210 MB, three n x n matrices are never touched.
@@ -47,12 +47,10 @@ def read_reference_checkpoint(path: str | Path, which: str = "mean") -> Referenc
     """
     keys = {"mean": "mean", "best": "best_member"}
     if which not in keys:
-        raise ValueError(
-            f"read_reference_checkpoint: which must be 'mean' or 'best', got {which!r}"
-        )
+        raise ValueError(f"read_original_checkpoint: which must be 'mean' or 'best', got {which!r}")
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"read_reference_checkpoint: no such file: {path}")
+        raise FileNotFoundError(f"read_original_checkpoint: no such file: {path}")
     try:
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -82,6 +80,6 @@ def read_reference_checkpoint(path: str | Path, which: str = "mean") -> Referenc
             f"{path}: no normalisation statistics were collected; features pass unchanged",
             stacklevel=2,
         )
-        return ReferenceCheckpoint(params, torch.zeros(bins), torch.ones(bins), 0)
+        return OriginalCheckpoint(params, torch.zeros(bins), torch.ones(bins), 0)
     mean, var = (checked(key, state[key].flatten(), bins, str(path)) for key in wanted[1:3])
-    return ReferenceCheckpoint(params, mean, var, count)
+    return OriginalCheckpoint(params, mean, var, count)

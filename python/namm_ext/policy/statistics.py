@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..config import NAMMConfig
 from ..reference import Statistics
-from .base import Policy, UpdateContext, fingerprint_of, select_rows
+from .base import Policy, UpdateContext
 
 
 def calibrate_threshold(
@@ -18,7 +19,7 @@ def calibrate_threshold(
     keep_fraction: float | None = None,
     target_tokens: float | None = None,
 ) -> float:
-    """Threshold that keeps a wanted share of the given scores, for ``budget="global"``.
+    """Threshold that keeps a wanted share of the given scores.
 
     The k-th largest of all scores together, so at least k of them reach it (ties all do).
 
@@ -28,7 +29,7 @@ def calibrate_threshold(
         target_tokens: tokens to keep per tensor of ``scores``, on average.
 
     Returns:
-        The threshold; store it with ``policy.with_config(budget="global", threshold=...)``.
+        The threshold; use it with ``policy.with_budget(threshold=...)``.
 
     Raises:
         ValueError: if there is no score, a NaN, or not exactly one goal in its range.
@@ -162,13 +163,9 @@ class StatisticsCalibrator(Policy):
             self.collector.add(features)
         return state.new_zeros(state.shape[0]), state
 
-    def select(self, scores: Tensor, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        """Keep everything."""
-        return select_rows(scores, ctx)
-
-    def fingerprint(self) -> str:
-        """Hash of the configuration."""
-        return fingerprint_of(self, self.config.to_dict(), [])
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration."""
+        return self.config.to_dict()
 
 
 def spectrogram(ctx: UpdateContext, config: NAMMConfig) -> Tensor:

@@ -22,7 +22,7 @@ class Due:
     rows: tuple[bool, ...]  # which rows of the batch it is for
     active: Tensor  # the same as [B] bool
     pos_q: Tensor  # [B] int32 position of window row 0
-    seen: Tensor  # [B] int32
+    seen: tuple[int, ...]  # real tokens of each row
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Planner:
             for s, due in zip(seen, rows, strict=True)
         )
         active = torch.tensor(rows, device=device)
-        return Due(rows, active, self._tensor(pos_q, device), self._tensor(seen, device))
+        return Due(rows, active, self._tensor(pos_q, device), seen)
 
     @staticmethod
     def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:

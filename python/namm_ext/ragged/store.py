@@ -232,6 +232,7 @@ class RaggedKV:
             num_kv_heads=self.num_kv_heads,
             param_index=self.param_index,
             seen=due.seen,
+            due=due.rows,
         )
         scores, state = self.policy.update(context)
         keep, num_kept = self.policy.select(scores, context)
@@ -363,7 +364,7 @@ class RaggedKV:
                 tuple(self.overdue.rows[b] for b in rows),
                 self.overdue.active[row_index],
                 self.overdue.pos_q[row_index],
-                self.overdue.seen[row_index],
+                tuple(self.overdue.seen[b] for b in rows),
             )
 
     @property

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..budget import Budget
 from ..config import NAMMConfig
 from ..corpus import load_documents
 from ..evolution import (
@@ -38,13 +39,10 @@ MEMORY = NAMMConfig(
     n_up=64,
     ema_coeff=0.9995,
     feature_transform="log",
-    threshold=None,
-    cache_size=256,
-    budget="per_layer",
-    sink_tokens=4,
 )
 EVOLUTION = EvolveConfig(
     namm=MEMORY,
+    budget=Budget(0.25, scope="per_layer", sink_tokens=4),
     generations=60,
     popsize=16,
     sigma0=0.01,
@@ -112,7 +110,7 @@ def evolve_bundled(
     }
     for batch in batches:
         length = length_of(batch)
-        policy = result.policy.with_config(cache_size=config.cache_size(length))
+        policy = result.policy.with_budget(config.budget.of_context(length))
         scores = problem.fitness(model, policy, batch)
         values = {**scores.metrics, "kept": scores.kept}
         metrics[str(length)] = {name: float(value.mean()) for name, value in values.items()}

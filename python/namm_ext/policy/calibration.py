@@ -1,0 +1,141 @@
+"""What makes the scores of one model's layers and heads comparable: a frozen, checked value."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How the layers and heads of a model compare under one policy.
+
+    Attributes:
+        offsets: ``[L, H]`` float32, added to the scores of a KV head before heads are compared.
+        fractions: ``[Q]`` float64, ascending in (0, 1], the last one 1: shares of the tokens seen
+            that all layers together may keep.
+        layer_fractions: ``[L, Q]`` float64: the share that layer l then keeps of its own. Its mean
+            over the layers is ``fractions``, it never falls along Q, and the last column is 1.
+
+    Raises:
+        ValueError: if a tensor has another shape, is not finite, or breaks what is said above.
+
+    Example:
+        >>> calibration = Calibration(
+        ...     torch.zeros(2, 4), torch.tensor([0.5, 1.0]), torch.tensor([[0.2, 1.0], [0.8, 1.0]]))
+        >>> [round(calibration.layer_fraction(0, f), 6) for f in (0.25, 0.5, 0.75)]
+        [0.1, 0.2, 0.6]
+    """
+
+    offsets: Tensor
+    fractions: Tensor
+    layer_fractions: Tensor
+
+    def __post_init__(self) -> None:
+        for name, dim, dtype in (
+            ("offsets", 2, torch.float32),
+            ("fractions", 1, torch.float64),
+            ("layer_fractions", 2, torch.float64),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                _fail(name, "a floating tensor", kind)
+            if value.dim() != dim or value.numel() == 0:
+                _fail(name, f"{dim}-dimensional and not empty", list(value.shape))
+            if not bool(value.isfinite().all()):
+                _fail(name, "finite", "NaN or infinite values")
+            # The fractions decide on the host.
+            device = value.device if name == "offsets" else torch.device("cpu")
+            value = value.detach().to(device, dtype, copy=True).contiguous()
+            object.__setattr__(self, name, value)
+        fractions, layers = self.fractions, self.layer_fractions
+        if fractions[0] <= 0 or fractions[-1] != 1 or bool((fractions.diff() <= 0).any()):
+            _fail("fractions", "ascending in (0, 1] and end at 1", fractions.tolist())
+        shape = [self.offsets.shape[0], fractions.numel()]
+        if list(layers.shape) != shape:
+            _fail("layer_fractions", f"{shape}, layers and fractions", list(layers.shape))
+        if bool((layers < 0).any()) or bool((layers.diff() < 0).any()):
+            _fail("layer_fractions", "at least 0 and never fall along a row", layers.tolist())
+        if bool((layers[:, -1] != 1).any()):
+            _fail("layer_fractions", "1 in the last column", layers[:, -1].tolist())
+        mean = layers.mean(dim=0)
+        if not torch.allclose(mean, fractions, rtol=0.0, atol=1e-5):
+            _fail("layer_fractions", f"{fractions.tolist()} on average over layers", mean.tolist())
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.offsets.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H."""
+        return self.offsets.shape[1]
+
+    def check_model(self, num_layers: int | None, num_kv_heads: int | None) -> None:
+        """Make sure that a model has the layers and KV heads it was taken from; None skips one.
+
+        Raises:
+            ValueError: names both numbers.
+        """
+        for what, ours, theirs in (
+            ("layers", self.num_layers, num_layers),
+            ("KV heads", self.num_kv_heads, num_kv_heads),
+        ):
+            if theirs is not None and ours != theirs:
+                raise ValueError(
+                    f"Calibration: the model must have {ours} {what}, as the one that was "
+                    f"calibrated, got {theirs}; run `namm calibrate MODEL` for this model"
+                )
+
+    def layer_fraction(self, layer_idx: int, fraction: float) -> float:
+        """The share a layer keeps when all together keep ``fraction``, linear between the Q."""
+        xs, ys = self._points
+        y = ys[layer_idx]
+        # 0 of all tokens is 0 of every layer's.
+        q = min(bisect.bisect_left(xs, fraction, lo=1), len(xs) - 1)
+        part = (fraction - xs[q - 1]) / (xs[q] - xs[q - 1])
+        return y[q - 1] + part * (y[q] - y[q - 1])
+
+    @cached_property
+    def _points(self) -> tuple[list[float], list[list[float]]]:
+        layers = [[0.0, *row] for row in self.layer_fractions.tolist()]
+        return [0.0, *self.fractions.tolist()], layers
+
+    def to(self, device: torch.device | str) -> Calibration:
+        """The same with its offsets on ``device``; itself if they are there."""
+        if self.offsets.device == torch.empty(0, device=device).device:
+            return self
+        # Not `replace`: its checks would wait for the device.
+        moved = object.__new__(Calibration)
+        for name, value in self.tensors().items():
+            value = value.to(device) if name == "offsets" else value
+            object.__setattr__(moved, name, value)
+        return moved
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The three tensors by name; :meth:`from_tensors` takes them back."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
+        """The inverse of :meth:`tensors`.
+
+        Raises:
+            ValueError: if a tensor is missing or unknown, or as the class says.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if sorted(tensors) != sorted(names):
+            _fail("tensors", ", ".join(names), ", ".join(tensors) or "none")
+        return cls(**tensors)
+
+
+def _fail(name: str, expected: str, got: object) -> None:
+    raise ValueError(f"Calibration: {name} must be {expected}, got {got}")

@@ -1,0 +1,132 @@
+"""Calibration: what it refuses, what its offsets and fractions do, and its files."""
+
+from __future__ import annotations
+
+import doctest
+import math
+
+import pytest
+import torch
+from hf_models import FAMILIES, build
+from namm_ext import NAMM, Budget, Calibration, NAMMCache, NAMMConfig
+from namm_ext.baselines import KNorm
+from namm_ext.policy import calibration
+from safetensors.torch import load_file, save_file
+from small_context import context, kept_positions
+from test_budget import small_calibration
+
+
+def test_docstring_examples():
+    result = doctest.testmod(calibration, extraglobs={"torch": torch})
+    assert result.attempted > 1
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"offsets": torch.zeros(2)}, "offsets must be 2-dimensional and not empty, got [2]"),
+    ({"offsets": torch.zeros(2, 2).int()}, "offsets must be a floating tensor, got torch.int32"),
+    ({"offsets": torch.full((2, 2), math.inf)}, "offsets must be finite, got NaN or infinite"),
+    ({"fractions": torch.tensor([0.5, 0.25, 1.0])}, "fractions must be ascending in (0, 1] and"),
+    ({"fractions": torch.tensor([0.0, 0.5, 1.0])}, "fractions must be ascending in (0, 1] and"),
+    ({"fractions": torch.tensor([0.25, 0.5, 0.9])}, "fractions must be ascending in (0, 1] and"),
+    ({"layer_fractions": torch.ones(2, 2)}, "layer_fractions must be [2, 3], layers and fractions"),
+    ({"layer_fractions": torch.ones(3, 3)}, "layer_fractions must be [2, 3], layers and fractions"),
+    ({"layer_fractions": torch.tensor([[0.3, 0.2, 1.0], [0.2, 0.8, 1.0]])},
+     "layer_fractions must be at least 0 and never fall along a row"),
+    ({"layer_fractions": torch.tensor([[0.1, 0.3, 0.9], [0.4, 0.7, 1.1]])},
+     "layer_fractions must be 1 in the last column"),
+    ({"layer_fractions": torch.tensor([[0.1, 0.3, 1.0], [0.4, 0.8, 1.0]])},
+     "layer_fractions must be [0.25, 0.5, 1.0] on average over layers"),
+], ids=range(11))  # fmt: skip
+def test_bad_values(changes, message):
+    with pytest.raises(ValueError) as error:
+        small_calibration(**changes)
+    assert str(error.value).startswith(f"Calibration: {message}")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.25, 0.3, 0.5, 0.77, 1.0])
+def test_layers_keep_the_fraction_together(fraction):
+    value = small_calibration()
+    parts = [value.layer_fraction(layer, fraction) for layer in range(value.num_layers)]
+    assert sum(parts) / 2 == pytest.approx(fraction, abs=1e-7)
+    assert parts[0] <= parts[1]
+
+
+def test_global_scope_needs_one():
+    message = "scope 'global' needs a calibration .*, got none; run `namm calibrate MODEL`"
+    with pytest.raises(ValueError, match=message):
+        KNorm(Budget(9, scope="global")).select(torch.zeros(172), context(layer_idx=0))
+
+
+def test_another_model_is_refused():
+    policy = KNorm(9).with_calibration(small_calibration(
+        offsets=torch.zeros(3, 2), layer_fractions=torch.tensor([[0.25, 0.5, 1.0]] * 3)
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match=r"model must have 3 layers, .*, got 2; run `namm calib"):
+        NAMMCache(build(FAMILIES["llama"]()), policy)
+    policy = policy.with_calibration(small_calibration(offsets=torch.zeros(2, 8)))
+    with pytest.raises(ValueError, match=r"model must have 8 KV heads, .*, got 2"):
+        NAMMCache(build(FAMILIES["llama"]()), policy)
+    with pytest.raises(ValueError, match=r"model must have 8 KV heads, .*, got 2"):
+        policy.with_budget(scope="per_layer").select(torch.zeros(172), context(layer_idx=0))
+
+
+def test_offsets_make_heads_comparable():
+    ctx = context(due=(True,), layer_idx=1)
+    scores = torch.zeros(86)
+    scores[:43] = 10.0  # one head is louder
+    shared = KNorm(Budget(9, scope="per_layer"))
+    level = shared.with_calibration(small_calibration(offsets=torch.tensor([[0, 0], [0, 10.0]])))
+    assert shared.select(scores, ctx)[1].tolist() == [17, 1]
+    # Level heads decide by position; the lower head has the first word in a draw.
+    assert level.select(scores, ctx)[1].tolist() == [9, 9]
+    alone = [p.with_budget(scope="per_head").select(scores, ctx)[0] for p in (shared, level)]
+    assert kept_positions(alone[0], ctx) == kept_positions(alone[1], ctx)
+
+
+def test_the_threshold_is_for_scores_before_offsets():
+    ctx = context(due=(True,), layer_idx=1)
+    scores = torch.full((86,), -1.0)
+    scores[:10], scores[43:48] = 2.0, 1.0
+    policy = KNorm(Budget(40, scope="per_layer", threshold=0.0)).with_calibration(
+        small_calibration(offsets=torch.tensor([[0, 0], [-50.0, 50.0]]))
+    )
+    assert policy.select(scores, ctx)[1].tolist() == [11, 6]
+    scores[4] = math.nan
+    assert policy.select(scores, ctx)[1].tolist() == [-1, 6]
+
+
+def test_saved_with_a_policy(tmp_path):
+    namm = NAMM(NAMMConfig(scorer="mlp"), budget=Budget(9, scope="global"))
+    calibrated = namm.with_calibration(small_calibration())
+    assert calibrated.fingerprint() != namm.fingerprint()
+    calibrated.save_pretrained(tmp_path)
+    back = NAMM.from_pretrained(tmp_path)
+    assert back.fingerprint() == calibrated.fingerprint()
+    assert back.budget == calibrated.budget
+    for name, tensor in calibrated.calibration.tensors().items():
+        assert torch.equal(back.calibration.tensors()[name], tensor)
+
+    path = tmp_path / "namm.safetensors"
+    content = load_file(path)
+    content["calibration.offsets"][0, 0] = math.nan
+    save_file(content, path)
+    with pytest.raises(ValueError, match=r"safetensors: Calibration: offsets must be finite"):
+        NAMM.from_pretrained(tmp_path)
+    del content["calibration.offsets"]
+    save_file(content, path)
+    with pytest.raises(ValueError, match="tensors must be offsets, fractions, layer_fractions, go"):
+        NAMM.from_pretrained(tmp_path)
+
+
+def test_moves_with_its_policy():
+    value = small_calibration()
+    assert value.to("cpu") is value
+    assert value.to("meta").offsets.device.type == "meta"
+    assert value.to("meta").layer_fraction(1, 0.25) == pytest.approx(0.4)
+    for policy in (KNorm(9), NAMM(NAMMConfig())):
+        assert policy.to("meta") is policy or isinstance(policy, NAMM)
+        moved = policy.with_calibration(value).to("meta")
+        assert moved.calibration.offsets.device.type == "meta"
+        assert policy.calibration is None
+    assert isinstance(Calibration.from_tensors(value.tensors()), Calibration)
