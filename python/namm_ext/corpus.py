@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
@@ -68,18 +68,26 @@ def load_documents(split: str) -> tuple[str, ...]:
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    documents = [*_module_documents(split), *_topic_documents(split)]
+    chosen = module_documents(lambda module: split_of(module) == split)
+    documents = [*chosen, *_topic_documents(split)]
     return tuple(text for *_, text in sorted(documents) if len(text) >= _MIN_CHARACTERS)
 
 
-def _module_documents(split: str) -> Iterator[tuple[str, str, str]]:
-    """Yield ``(module, kind, text)`` for the standard library's modules."""
+def module_documents(wanted: Callable[[str], bool]) -> Iterator[tuple[str, str, str]]:
+    """Yield ``(module, kind, text)`` for modules of the standard library, in no certain order.
+
+    Args:
+        wanted: says whether a module, given its path relative to the standard library, is read.
+
+    Yields:
+        Two documents per module: its ``"source"`` and its ``"docstrings"``.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
             module = path.relative_to(root).as_posix()
-            if module in _SKIPPED_FILES or split_of(module) != split:
+            if module in _SKIPPED_FILES or not wanted(module):
                 continue
             try:
                 source = path.read_text(encoding="utf-8")
