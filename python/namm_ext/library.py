@@ -12,7 +12,7 @@ import functools
 import hashlib
 from dataclasses import dataclass
 
-from .zoo.corpus import SPLITS, module_documents, split_of
+from .corpus import SPLITS, module_documents, split_of
 
 #: Never in a context that something is trained on.
 HELD_OUT_SOURCE = "topics"
