@@ -24,14 +24,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from namm_ext import ops, reference
+from namm_ext.values import Segments, Window
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 HEADS, GROUPS, DIM, N_UP, LAYERS = 8, 4, 128, 512, 32
 SCALE = DIM**-0.5
@@ -67,12 +69,10 @@ class Timer:
             start = time.perf_counter()
             function(*inputs)
             return (time.perf_counter() - start) * 1e3
-        size = sum(t.nbytes for t in inputs if isinstance(t, Tensor))
+        size = sum(t.nbytes for t in tree_leaves(inputs) if isinstance(t, Tensor))
         copies = 1 if self.smoke else min(8, max(1, math.ceil(ROTATE_BYTES / max(size, 1))))
-        sets = [inputs] + [
-            tuple(t.clone() if isinstance(t, Tensor) else t for t in inputs)
-            for _ in range(copies - 1)
-        ]
+        sets = [inputs]
+        sets += [tree_map_only(Tensor, Tensor.clone, inputs) for _ in range(copies - 1)]
         for args in sets[:3]:
             function(*args)
         torch.cuda.synchronize()
@@ -103,27 +103,11 @@ class Timer:
         return num_bytes / self.copy_bytes_per_ms
 
 
-@dataclass
-class Layer:
-    """One layer's store with N live rows per head, and a full window behind it."""
+class Layer(NamedTuple):
+    """One layer's full window, and its store with N live rows per head."""
 
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    state: Tensor
-    cu: Tensor
-    used: Tensor
-    q_window: Tensor
-    lse_window: Tensor
-    pos_q: Tensor
-    active: Tensor
-
-    @property
-    def window_args(self) -> tuple[Any, ...]:
-        return (
-            self.q_window, self.lse_window, self.k, self.pos, self.state, self.cu, self.used,
-            self.pos_q, self.active,
-        )  # fmt: skip
+    window: Window
+    store: Segments
 
 
 def make_layer(lengths: list[int], device: str, n_up: int = N_UP, seed: int = 0) -> Layer:
@@ -141,33 +125,30 @@ def make_layer(lengths: list[int], device: str, n_up: int = N_UP, seed: int = 0)
     q = torch.randn(1, HEADS * GROUPS, rows, DIM, **rand).to(DTYPE)
     # Log-sum-exps of about the right size; the time does not depend on them.
     lse = torch.full((1, HEADS * GROUPS, rows), math.log(longest) + 0.5, device=device)
+    state = torch.rand(capacity, 17, **rand)
+    active = torch.tensor([True], device=device)
     return Layer(
-        k, v, pos, torch.rand(capacity, 17, **rand), torch.tensor(ends, **int32),
-        torch.tensor(lengths, **int32), q, lse, torch.tensor([longest - rows], **int32),
-        torch.tensor([True], device=device),
-    )  # fmt: skip
-
-
-def spectrogram(*args: Any) -> Tensor:
-    return ops.spectrogram(*args, softmax_scale=SCALE, ema_coeff=0.99)
-
-
-def received(*args: Any) -> Tensor:
-    q, lse, k, pos, _, *rest = args
-    return ops.attention_received(
-        q, lse, k, pos, *rest, softmax_scale=SCALE, first_row=reference.CARRY
+        Window(q, lse, torch.tensor([longest - rows], **int32), active),
+        Segments(k, v, pos, state, torch.tensor(ends, **int32), torch.tensor(lengths, **int32)),
     )
 
 
-def plain_received(*args: Any) -> Tensor:
-    return plain_attention(*args)[:, reference.CARRY :].sum(1).flatten()
+def spectrogram(window: Window, store: Segments) -> Tensor:
+    return ops.spectrogram(window, store, softmax_scale=SCALE, ema_coeff=0.99)
 
 
-def plain_attention(
-    q: Tensor, lse: Tensor, k: Tensor, pos: Tensor, state: Tensor, cu: Tensor, used: Tensor,
-    pos_q: Tensor, active: Tensor,
-) -> Tensor:  # fmt: skip
+def received(window: Window, store: Segments) -> Tensor:
+    return ops.attention_received(window, store, softmax_scale=SCALE, first_row=reference.CARRY)
+
+
+def plain_received(window: Window, store: Segments) -> Tensor:
+    return plain_attention(window, store)[:, reference.CARRY :].sum(1).flatten()
+
+
+def plain_attention(window: Window, store: Segments) -> Tensor:
     """``[HEADS, rows, N]``: dense attention of equally long heads, the mean over each group."""
+    q, lse, pos_q, _ = window
+    k, pos = store.k, store.pos
     rows, n = q.shape[2], k.shape[0] // HEADS
     logits = q.view(HEADS, GROUPS, rows, DIM) @ k.view(HEADS, 1, n, DIM).transpose(-1, -2) * SCALE
     attn = (logits.float() - lse.view(HEADS, GROUPS, rows, 1)).exp_()
@@ -176,10 +157,10 @@ def plain_attention(
     return attn.masked_fill_(hidden, 0.0).mean(1)
 
 
-def plain_spectrogram(*args: Any) -> Tensor:
+def plain_spectrogram(window: Window, store: Segments) -> Tensor:
     """The features as one first writes them in PyTorch, without a loop over heads."""
-    state = args[4]
-    columns = plain_attention(*args).transpose(-1, -2).flatten(0, 1)
+    state = store.state
+    columns = plain_attention(window, store).transpose(-1, -2).flatten(0, 1)
     frames = torch.stft(
         columns, reference.N_FFT, reference.HOP, window=reference.hann_window(device=state.device),
         center=False, return_complex=True,
@@ -203,11 +184,11 @@ def flash(device: str) -> Any:
 def bench_spectrogram(timer: Timer, sizes: list[int]) -> Iterator[Row]:
     for n in sizes:
         layer = make_layer([n] * HEADS, timer.device)
-        q = layer.q_window[0, :, reference.CARRY :].reshape(HEADS, GROUPS * N_UP, DIM)
-        k = layer.k.view(HEADS, n, DIM)
+        q = layer.window.q[0, :, reference.CARRY :].reshape(HEADS, GROUPS * N_UP, DIM)
+        k = layer.store.k.view(HEADS, n, DIM)
         bmm = timer(lambda q, k: torch.bmm(q, k.transpose(1, 2)), (q, k))
-        q4 = layer.q_window[:, :, reference.CARRY :].contiguous()
-        kv = (q4, k[None], layer.v.view(1, HEADS, n, DIM))
+        q4 = layer.window.q[:, :, reference.CARRY :].contiguous()
+        kv = (q4, k[None], layer.store.v.view(1, HEADS, n, DIM))
         with flash(timer.device):
             sdpa_ms = timer(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), kv)
         flops = 2 * N_UP * HEADS * GROUPS * DIM * n
@@ -217,9 +198,9 @@ def bench_spectrogram(timer: Timer, sizes: list[int]) -> Iterator[Row]:
         ):
             rivals = {"bmm": bmm, "sdpa": sdpa_ms}
             if n <= 8192:
-                check_close(name, run(*layer.window_args), plain(*layer.window_args), 2e-2)
-                rivals["plain"] = timer(plain, layer.window_args)
-            ms = timer(run, layer.window_args)
+                check_close(name, run(*layer), plain(*layer), 2e-2)
+                rivals["plain"] = timer(plain, layer)
+            ms = timer(run, layer)
             rate, target, met = flops / ms / 1e9, "", None
             if name == "spectrogram" and n >= 8192:
                 target = ">= 340 TFLOP/s, <= 1.6x bmm, <= 0.8x sdpa"
@@ -239,9 +220,7 @@ def score_args(
     params = torch.randn(1, num_params, generator=gen, device=device) * 0.1
     index = torch.zeros(1, dtype=torch.int32, device=device)
     mean, var = torch.full((17,), 0.5, device=device), torch.full((17,), 0.1, device=device)
-    return (
-        layer.state, layer.pos, layer.cu, layer.used, params, index, mean, var, layer.active,
-    )  # fmt: skip
+    return layer.store, params, index, mean, var, layer.window.active
 
 
 def bam(*args: Any) -> Tensor:
@@ -311,7 +290,7 @@ def bench_select(timer: Timer, sizes: list[int]) -> Iterator[Row]:
             def run(*args: Any, options: dict[str, Any] = options) -> Any:
                 return ops.select(*args, **options)
 
-            args = (scores, layer.pos, layer.cu, layer.used, layer.active)
+            args = (scores, layer.store, layer.window.active)
             by_head = scores.view(HEADS, n)
             rivals = {"topk": timer(lambda s: s.topk(max(1, s.shape[1] // 4)), (by_head,))}
             yield Row(
@@ -321,17 +300,15 @@ def bench_select(timer: Timer, sizes: list[int]) -> Iterator[Row]:
 
 
 def compact_case(layer: Layer, kept_fraction: float) -> tuple[tuple[Any, ...], int]:
-    device = layer.k.device
+    store = layer.store
+    device = store.k.device
     gen = torch.Generator(device).manual_seed(2)
-    keep = torch.rand(layer.k.shape[0], generator=gen, device=device) < kept_fraction
+    keep = torch.rand(store.capacity, generator=gen, device=device) < kept_fraction
     keep = keep.to(torch.uint8)
-    ends = keep.cumsum(0)[layer.cu[1:].long() - 1]
+    ends = keep.cumsum(0)[store.cu_seqlens_k[1:].long() - 1]
     cu_new = torch.cat([torch.zeros(1, device=device), ends]).to(torch.int32)
     num_kept = cu_new.diff().to(torch.int32)
-    args = (
-        layer.k, layer.v, layer.pos, layer.state, layer.cu, layer.used, keep, num_kept, cu_new,
-    )  # fmt: skip
-    return args, int(cu_new[-1])
+    return (store, keep, num_kept, cu_new), int(cu_new[-1])
 
 
 def bench_compact(timer: Timer, sizes: list[int]) -> Iterator[Row]:
@@ -343,14 +320,14 @@ def bench_compact(timer: Timer, sizes: list[int]) -> Iterator[Row]:
             def run(*args: Any, capacity: int = capacity) -> Any:
                 return ops.compact(*args, capacity=capacity)
 
-            rows = torch.nonzero(args[6]).squeeze(-1)
-            k = run(*args)[0]
-            if not torch.equal(k, layer.k[rows]):
+            store, keep = args[:2]
+            rows = torch.nonzero(keep).squeeze(-1)
+            if not torch.equal(run(*args).k, store.k[rows]):
                 raise SystemExit("bench_cuda: compact differs from indexing")
             num_bytes = capacity * (4 * DIM + 4 + 17 * 4) * 2 + n * HEADS
             floor = timer.bytes_floor(num_bytes)
             ms = timer(run, args)
-            index = (layer.k, layer.v, layer.state, layer.pos, rows)
+            index = (store.k, store.v, store.state, store.pos, rows)
             rival = timer(lambda k, v, s, p, r: (k[r], v[r], s[r], p[r]), index)
             target = ">= 70 % of copy" if n >= 32768 and fraction == 0.5 else ""
             yield Row(
@@ -359,19 +336,18 @@ def bench_compact(timer: Timer, sizes: list[int]) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, cu: Tensor, used: Tensor, first: Tensor,
-           count: Tensor, pos_first: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return ops.attend(q, k, v, pos, cu, used, first, count, pos_first, softmax_scale=SCALE)
+def attend(*args: Any) -> tuple[Tensor, Tensor]:
+    return ops.attend(*args, softmax_scale=SCALE)
 
 
 def attend_args(layer: Layer, columns: int) -> tuple[Any, ...]:
-    device = layer.k.device
-    q = layer.q_window[:, :, -columns:].contiguous()
-    newest = int(layer.pos.max())
+    device = layer.store.k.device
+    q = layer.window.q[:, :, -columns:].contiguous()
+    newest = int(layer.store.pos.max())
     int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
     return (
-        q, layer.k, layer.v, layer.pos, layer.cu, layer.used, torch.tensor([0], **int32),
-        torch.tensor([columns], **int32), torch.tensor([newest + 1 - columns], **int32),
+        q, layer.store, torch.tensor([0], **int32), torch.tensor([columns], **int32),
+        torch.tensor([newest + 1 - columns], **int32),
     )  # fmt: skip
 
 
@@ -385,7 +361,7 @@ def bench_decode(timer: Timer, sizes: list[int]) -> Iterator[Row]:
             if name == "even":
                 rivals = {}
                 shape = (1, HEADS, n, DIM)
-                dense = (args[0], layer.k.view(shape), layer.v.view(shape))
+                dense = (args[0], layer.store.k.view(shape), layer.store.v.view(shape))
 
                 def rival(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                     return sdpa(q, k, v, enable_gqa=True)
@@ -393,7 +369,7 @@ def bench_decode(timer: Timer, sizes: list[int]) -> Iterator[Row]:
                 check_close("attend", attend(*args)[0].transpose(1, 2), rival(*dense), 2e-2)
                 rivals["sdpa"] = timer(rival, dense)
             ms = timer(attend, args)
-            num_bytes = layer.k.nbytes + layer.v.nbytes
+            num_bytes = layer.store.k.nbytes + layer.store.v.nbytes
             # A copy moves every byte twice, reading alone moves it once.
             floor = timer.bytes_floor(num_bytes)
             target, met = "", None
@@ -417,7 +393,7 @@ def bench_prefill(timer: Timer, sizes: list[int]) -> Iterator[Row]:
         layer = make_layer([n] * HEADS, timer.device)
         args = attend_args(layer, columns)
         shape = (1, HEADS, n, DIM)
-        dense = (args[0], layer.k.view(shape), layer.v.view(shape))
+        dense = (args[0], layer.store.k.view(shape), layer.store.v.view(shape))
 
         def rival(q: Tensor, k: Tensor, v: Tensor, columns: int = columns, n: int = n) -> Tensor:
             bias = causal_lower_right(columns, n)
@@ -438,9 +414,9 @@ def bench_append(timer: Timer, sizes: list[int]) -> Iterator[Row]:
         layer = make_layer([n] * HEADS, timer.device)
         int32: dict[str, Any] = {"dtype": torch.int32, "device": timer.device}
         new = torch.randn(1, HEADS, columns, DIM, device=timer.device).to(DTYPE)
+        store = layer.store._replace(seqused_k=torch.zeros_like(layer.store.seqused_k))
         args = (
-            layer.k, layer.v, layer.pos, layer.state, torch.zeros_like(layer.used), layer.cu,
-            new, new, torch.tensor([0], **int32), torch.tensor([columns], **int32),
+            store, new, new, torch.tensor([0], **int32), torch.tensor([columns], **int32),
             torch.tensor([0], **int32),
         )  # fmt: skip
         num_bytes = HEADS * columns * (4 * DIM * 2 + 17 * 4 + 4)
@@ -465,30 +441,28 @@ def bench_step(timer: Timer, sizes: list[int]) -> Iterator[Row]:
         }  # fmt: skip
 
         def step(
-            *args: Any, scoring: Any = scoring, v: Tensor = layer.v, cu_new: Tensor = cu_new,
+            window: Window, store: Segments, scoring: Any = scoring, cu_new: Tensor = cu_new,
             options: dict[str, Any] = options, n: int = n,
         ) -> None:  # fmt: skip
-            _, _, k, pos, _, cu, used, _, active = args
-            state = spectrogram(*args)
-            scores = bam(state, *scoring[1:])
-            keep, kept = ops.select(scores, pos, cu, used, active, **options)
-            ops.compact(k, v, pos, state, cu, used, keep, kept, cu_new, capacity=HEADS * (n // 2))
+            store = store._replace(state=spectrogram(window, store))
+            scores = bam(store, *scoring[1:])
+            keep, kept = ops.select(scores, store, window.active, **options)
+            ops.compact(store, keep, kept, cu_new, capacity=HEADS * (n // 2))
 
         def plain_step(
-            *args: Any, scoring: Any = scoring, v: Tensor = layer.v, n: int = n
+            window: Window, store: Segments, scoring: Any = scoring, n: int = n
         ) -> tuple[Tensor, ...]:
-            k, pos = args[2], args[3]
-            state = plain_spectrogram(*args)
-            scores = plain_bam(state, *scoring[1:]).view(HEADS, n)
+            store = store._replace(state=plain_spectrogram(window, store))
+            scores = plain_bam(store, *scoring[1:]).view(HEADS, n)
             rows = scores.topk(n // 2, dim=-1).indices.sort(-1).values
-            rows = (rows + torch.arange(HEADS, device=k.device)[:, None] * n).flatten()
-            return k[rows], v[rows], pos[rows], state[rows]
+            rows = (rows + torch.arange(HEADS, device=rows.device)[:, None] * n).flatten()
+            return tuple(tensor[rows] for tensor in store.tokens)
 
-        ms = LAYERS * timer(step, layer.window_args)
+        ms = LAYERS * timer(step, layer)
         target, met = f"<= {must.get(n, math.inf)} ms", ms <= must[n] if n in must else None
         rivals = {}
         if n <= 8192:
-            rivals["plain"] = LAYERS * timer(plain_step, layer.window_args)
+            rivals["plain"] = LAYERS * timer(plain_step, layer)
         if n == 8192:
             target, met = f"{target}, >= 15x plain", met and rivals["plain"] >= 15 * ms
         yield Row("whole step x 32", f"N={n}", ms, None, rivals, "", target, met)

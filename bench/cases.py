@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from namm_ext import ops, reference, testing
+from namm_ext.values import Segments, Window
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -98,29 +99,35 @@ class Layer:
         heads = s.num_kv_heads * s.num_groups
         kind = DTYPES[dtype]
         self.scale = s.head_dim**-0.5
-        self.k = torch.randn(total, s.head_dim, generator=generator).to(kind)
-        self.v = torch.randn(total, s.head_dim, generator=generator).to(kind)
+        k = torch.randn(total, s.head_dim, generator=generator).to(kind)
+        v = torch.randn(total, s.head_dim, generator=generator).to(kind)
         q = torch.randn(s.batch_size, heads, rows, s.head_dim, generator=generator) * 2
-        self.q = q.to(kind)
-        self.pos = torch.arange(num_keys, dtype=torch.int32).repeat(self.segments)
-        self.cu = torch.arange(self.segments + 1, dtype=torch.int32) * num_keys
-        self.used = torch.full((self.segments,), num_keys, dtype=torch.int32)
-        self.pos_q = torch.full((s.batch_size,), num_keys - rows, dtype=torch.int32)
-        self.active = torch.ones(s.batch_size, dtype=torch.bool)
-        self.state = torch.rand(total, reference.NUM_BINS, generator=generator) * 0.05
+        self.store = Segments(
+            k=k,
+            v=v,
+            pos=torch.arange(num_keys, dtype=torch.int32).repeat(self.segments),
+            state=torch.rand(total, reference.NUM_BINS, generator=generator) * 0.05,
+            cu_seqlens_k=torch.arange(self.segments + 1, dtype=torch.int32) * num_keys,
+            seqused_k=torch.full((self.segments,), num_keys, dtype=torch.int32),
+        )
+        self.window = Window(
+            q=q.to(kind),
+            lse=torch.empty(s.batch_size, heads, rows),
+            pos_q=torch.full((s.batch_size,), num_keys - rows, dtype=torch.int32),
+            active=torch.ones(s.batch_size, dtype=torch.bool),
+        )
         self.params = torch.randn(1, reference.NUM_BAM_PARAMS, generator=generator) * 0.2
         self.param_index = torch.zeros(s.batch_size, dtype=torch.int32)
         self.mean = torch.full((reference.NUM_BINS,), 0.02)
         self.var = torch.full((reference.NUM_BINS,), 1e-3)
-        self.lse = torch.empty(s.batch_size, heads, rows)
         for b in range(s.batch_size):
             for head in range(heads):
-                logits = self._logits(b, head // s.num_groups, self.q[b, head].float())
-                self.lse[b, head] = torch.logsumexp(logits, -1)
+                logits = self._logits(b, head // s.num_groups, self.window.q[b, head].float())
+                self.window.lse[b, head] = torch.logsumexp(logits, -1)
 
     def _keys(self, b: int, h: int) -> Tensor:
         start = (b * self.shape.num_kv_heads + h) * self.num_keys
-        return self.k[start : start + self.num_keys]
+        return self.store.k[start : start + self.num_keys]
 
     def _logits(self, b: int, h: int, q: Tensor) -> Tensor:
         logits = (q @ self._keys(b, h).to(q.dtype).T) * self.scale
@@ -131,49 +138,44 @@ class Layer:
     def copies(self) -> list[Layer]:
         """This one and as many copies as a rotation takes."""
         layers = [self]
-        for _ in range(num_copies(self.k, self.v, self.state) - 1):
+        for _ in range(num_copies(self.store.k, self.store.v, self.store.state) - 1):
             layers.append(copy.copy(self))
-            for name in ("k", "v", "state", "pos"):
-                setattr(layers[-1], name, getattr(self, name).clone())
+            layers[-1].store = self.store.clone()
         return layers
 
     # -------- ours
 
-    def spectrogram(self, op: Any = ops, **double: Tensor) -> Tensor:
-        names = {"q": self.q, "k": self.k, "state": self.state, **double}
-        return op.spectrogram(
-            names["q"], self.lse, names["k"], self.pos, names["state"], self.cu, self.used,
-            self.pos_q, self.active, softmax_scale=self.scale, ema_coeff=EMA_COEFF,
-        )  # fmt: skip
+    def spectrogram(self) -> Tensor:
+        return ops.spectrogram(
+            self.window, self.store, softmax_scale=self.scale, ema_coeff=EMA_COEFF
+        )
 
     def received(self) -> Tensor:
         return ops.attention_received(
-            self.q, self.lse, self.k, self.pos, self.cu, self.used, self.pos_q, self.active,
-            softmax_scale=self.scale, first_row=reference.CARRY,
-        )  # fmt: skip
+            self.window, self.store, softmax_scale=self.scale, first_row=reference.CARRY
+        )
 
     def bam(self, op: Any = ops, state: Tensor | None = None) -> Tensor:
+        store = self.store if state is None else self.store._replace(state=state)
         return op.bam_scores(
-            self.state if state is None else state, self.pos, self.cu, self.used, self.params,
-            self.param_index, self.mean, self.var, self.active, log_transform=False, log_eps=1e-6,
+            store, self.params, self.param_index, self.mean, self.var, self.window.active,
+            log_transform=False, log_eps=1e-6,
         )  # fmt: skip
 
     def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         return ops.select(
-            scores, self.pos, self.cu, self.used, self.active, threshold=-math.inf,
+            scores, self.store, self.window.active, threshold=-math.inf,
             cache_size=self.num_keys // 2, budget="per_head", fill=False, protect_newest=True,
             sink_tokens=0, recent_tokens=0,
         )  # fmt: skip
 
-    def compact(self, state: Tensor, keep: Tensor, num_kept: Tensor) -> tuple[Tensor, ...]:
+    def compact(self, state: Tensor, keep: Tensor, num_kept: Tensor) -> Segments:
         new = torch.zeros(self.segments + 1, dtype=torch.int32)
         new[1:] = torch.cumsum(num_kept + self.shape.n_up, 0)
-        return ops.compact(
-            self.k, self.v, self.pos, state, self.cu, self.used, keep, num_kept, new,
-            capacity=int(new[-1]),
-        )  # fmt: skip
+        store = self.store._replace(state=state)
+        return ops.compact(store, keep, num_kept, new, capacity=int(new[-1]))
 
-    def step(self) -> tuple[Tensor, ...]:
+    def step(self) -> Segments:
         state = self.spectrogram()
         return self.compact(state, *self.select(self.bam(state=state)))
 
@@ -181,8 +183,8 @@ class Layer:
 
     def plain_spectrogram(self) -> Tensor:
         s, window = self.shape, reference.hann_window()
-        q = self.q.view(s.batch_size, s.num_kv_heads, s.num_groups, self.rows, s.head_dim)
-        k = self.k.view(s.batch_size, s.num_kv_heads, 1, self.num_keys, s.head_dim)
+        q = self.window.q.view(s.batch_size, s.num_kv_heads, s.num_groups, self.rows, s.head_dim)
+        k = self.store.k.view(s.batch_size, s.num_kv_heads, 1, self.num_keys, s.head_dim)
         if q.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             # PyTorch's product of bf16 takes 18 times that of floats on such a CPU.
             q, k = q.float(), k.float()
@@ -198,13 +200,14 @@ class Layer:
         alpha = EMA_COEFF**reference.HOP
         count = frames.shape[-1]
         weight = alpha ** torch.arange(count - 1, -1, -1, dtype=torch.float32)
-        return (1 - alpha) * (frames @ weight) + alpha**count * self.state
+        return (1 - alpha) * (frames @ weight) + alpha**count * self.store.state
 
     def plain_bam(self, state: Tensor) -> Tensor:
+        n = self.num_keys
         features = reference.token_features(
-            state[: self.num_keys], self.pos[: self.num_keys], self.mean, self.var, False, 1e-6
+            state[:n], self.store.pos[:n], self.mean, self.var, False, 1e-6
         )[:, : reference.NUM_RECENCY].expand(self.segments, -1, -1)
-        z = reference.normalise(state, self.mean, self.var).view(self.segments, self.num_keys, -1)
+        z = reference.normalise(state, self.mean, self.var).view(self.segments, n, -1)
         return reference.bam(torch.cat([features, z], -1), self.params[0]).flatten()
 
     def plain_keep(self, scores: Tensor) -> Tensor:
@@ -213,7 +216,7 @@ class Layer:
         return (kept + torch.arange(self.segments)[:, None] * self.num_keys).flatten()
 
     def plain_compact(self, state: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.index_select(0, rows) for x in (self.k, self.v, self.pos, state))
+        return tuple(x.index_select(0, rows) for x in (*self.store.tokens[:3], state))
 
     def plain_step(self) -> tuple[Tensor, ...]:
         state = self.plain_spectrogram()
@@ -227,32 +230,35 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def _check_features(layer: Layer) -> None:
     """The first segment against the law in float64."""
     few = Layer(min(layer.num_keys, 1024), layer.shape, "fp32")
-    exact = few.spectrogram(reference, q=few.q.double(), k=few.k.double(), state=few.state.double())
+    window = few.window._replace(q=few.window.q.double())
+    exact = reference.spectrogram(
+        window, few.store.double(), softmax_scale=few.scale, ema_coeff=EMA_COEFF
+    )
     error = relative_error(few.spectrogram(), exact)
     assert error <= 1e-6, f"spectrogram: relative error {error:.1e}"
     if layer.num_keys <= 1024:
         error = relative_error(layer.spectrogram(), layer.plain_spectrogram())
-        limit = 1e-4 if layer.k.dtype == torch.float32 else 2e-2
+        limit = 1e-4 if layer.store.k.dtype == torch.float32 else 2e-2
         assert error <= limit, f"spectrogram and plain expression differ by {error:.1e}"
 
 
 def _check_scores(layer: Layer) -> None:
     n = min(layer.num_keys, 1024)
     few = Layer(n, Shape(1, 1, 1, 8, 16), "fp32")
-    error = float((few.bam() - few.bam(reference, few.state.double())).abs().max())
+    error = float((few.bam() - few.bam(reference, few.store.state.double())).abs().max())
     assert error <= 1e-4, f"bam_scores: error {error:.1e}"
-    error = float((few.bam() - few.plain_bam(few.state)).abs().max())
+    error = float((few.bam() - few.plain_bam(few.store.state)).abs().max())
     assert error <= 2e-4, f"bam_scores and plain expression differ by {error:.1e}"
 
 
 def _check_compact(layer: Layer) -> None:
-    scores = torch.randn(layer.state.shape[0])
-    keep, num_kept = layer.select(scores)
-    new = layer.compact(layer.state, keep, num_kept)
+    state = layer.store.state
+    keep, num_kept = layer.select(torch.randn(state.shape[0]))
+    new = layer.compact(state, keep, num_kept)
     rows = torch.nonzero(keep).squeeze(1)
-    want = layer.plain_compact(layer.state, rows)
+    want = layer.plain_compact(state, rows)
     first = int(num_kept[0])
-    for ours, plain in zip(new, want, strict=True):
+    for ours, plain in zip(new.tokens, want, strict=True):
         assert torch.equal(ours[:first], plain[:first]), "compact differs from index_select"
 
 
@@ -287,8 +293,8 @@ def make(op: str, num_keys: int, shape_name: str, dtype: str, plain: bool = True
     floor: Callable[[], Any] | None = None
     floor_name, flops = "", 0
     if op in ("features", "step", "received"):
-        q = layer.q.float().reshape(layer.segments, -1, s.head_dim)
-        k = layer.k.float().view(layer.segments, num_keys, s.head_dim)
+        q = layer.window.q.float().reshape(layer.segments, -1, s.head_dim)
+        k = layer.store.k.float().view(layer.segments, num_keys, s.head_dim)
         out = torch.empty(q.shape[1], num_keys)
 
         def matmul() -> None:
@@ -312,7 +318,7 @@ def make(op: str, num_keys: int, shape_name: str, dtype: str, plain: bool = True
             for _ in range(turns):
                 torch.exp(exps)
 
-        ours, plain_fn = layer.bam, lambda: layer.plain_bam(layer.state)
+        ours, plain_fn = layer.bam, lambda: layer.plain_bam(layer.store.state)
         floor, floor_name = exponentials, "its exponentials"
         check = lambda: _check_scores(layer)  # noqa: E731
     elif op in ("select", "compact"):
@@ -324,9 +330,9 @@ def make(op: str, num_keys: int, shape_name: str, dtype: str, plain: bool = True
             ours, plain_fn = lambda: layer.select(scores), lambda: layer.plain_keep(scores)
         else:
             layers = layer.copies()
-            ours = Rotation([partial(e.compact, e.state, keep, num_kept) for e in layers])
-            plain_fn = Rotation([partial(e.plain_compact, e.state, rows) for e in layers])
-            source = torch.zeros(rows.numel() * 2 * s.head_dim, dtype=layer.k.dtype)
+            ours = Rotation([partial(e.compact, e.store.state, keep, num_kept) for e in layers])
+            plain_fn = Rotation([partial(e.plain_compact, e.store.state, rows) for e in layers])
+            source = torch.zeros(rows.numel() * 2 * s.head_dim, dtype=layer.store.k.dtype)
             floor = Rotation([each.clone for each in _copies(source)])
             floor_name = "copy of kept K, V"
     else:
@@ -353,15 +359,18 @@ def _copies(*tensors: Tensor) -> list[Any]:
     return sets if len(tensors) > 1 else [t for (t,) in sets]
 
 
+def _double(args: dict[str, Any]) -> dict[str, Any]:
+    return {**args, "q": args["q"].double(), "segments": args["segments"].double()}
+
+
 def _attend_args(
     lengths: list[int], shape: Shape, num_new: int, dtype: str
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Arguments of ``attend_`` for new tokens on segments of these lengths, and its outputs."""
     kind = DTYPES[dtype]
     store = testing.ragged_store(
-        lengths, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, num_state=0,
-        room=num_new, dtype=kind,
-    )  # fmt: skip
+        lengths, head_dim=shape.head_dim, num_state=0, room=num_new, dtype=kind
+    )
     generator = torch.Generator().manual_seed(1)
     batch_size, heads = shape.batch_size, shape.num_kv_heads * shape.num_groups
     q = torch.randn(batch_size, heads, num_new, shape.head_dim, generator=generator).to(kind)
@@ -370,15 +379,10 @@ def _attend_args(
     ).to(kind)
     first = torch.zeros(batch_size, dtype=torch.int32)
     count = torch.full((batch_size,), num_new, dtype=torch.int32)
-    position = store.newest() + 1
-    ops.append_(
-        store.k, store.v, store.pos, store.state, store.seqused_k, store.cu_seqlens_k,
-        kv[0], kv[1], first, count, position,
-    )  # fmt: skip
+    position = testing.newest_of_rows(store, batch_size) + 1
+    ops.append_(store, kv[0], kv[1], first, count, position)
     args = {
-        "q": q, "k": store.k, "v": store.v, "pos": store.pos,
-        "cu_seqlens_k": store.cu_seqlens_k, "seqused_k": store.seqused_k,
-        "first": first, "num_new": count, "pos_first": position,
+        "q": q, "segments": store, "first": first, "num_new": count, "pos_first": position,
         "softmax_scale": shape.head_dim**-0.5,
     }  # fmt: skip
     out = torch.zeros(batch_size, num_new, heads, shape.head_dim, dtype=kind)
@@ -386,18 +390,16 @@ def _attend_args(
 
 
 def _attend_rotation(args: dict[str, Any], out: Tensor, lse: Tensor) -> Rotation:
-    return Rotation(
-        [
-            partial(ops.attend_, out, lse, **{**args, "k": k, "v": v})
-            for k, v in _copies(args["k"], args["v"])
-        ]
-    )
+    store = args["segments"]
+    stores = [store] + [store.clone() for _ in range(num_copies(store.k, store.v) - 1)]
+    return Rotation([partial(ops.attend_, out, lse, **{**args, "segments": s}) for s in stores])
 
 
 def _live_copy(args: dict[str, Any]) -> Rotation:
     """Copies of the live bytes of K and V: what cannot be avoided."""
-    live = int(args["seqused_k"].sum()) * args["k"].shape[1]
-    sources = _copies(torch.zeros(2 * live, dtype=args["k"].dtype))
+    store = args["segments"]
+    live = int(store.seqused_k.sum()) * store.k.shape[1]
+    sources = _copies(torch.zeros(2 * live, dtype=store.k.dtype))
     target = torch.empty_like(sources[0])
     return Rotation([partial(target.copy_, source) for source in sources])
 
@@ -418,7 +420,7 @@ def prefill(
     segments, keys = shape.batch_size * shape.num_kv_heads, cached + columns
     args, out, lse = _attend_args([cached] * segments, shape, columns, dtype)
     dense = (shape.batch_size, shape.num_kv_heads, keys, shape.head_dim)
-    k, v = args["k"].view(dense), args["v"].view(dense)
+    k, v = args["segments"].k.view(dense), args["segments"].v.view(dense)
     mask = torch.ones(columns, keys, dtype=torch.bool).tril(cached)
 
     def rival() -> Tensor:
@@ -427,7 +429,7 @@ def prefill(
         )
 
     def check() -> None:
-        want, _ = reference.attend(**{**args, **{n: args[n].double() for n in "qkv"}})
+        want, _ = reference.attend(**_double(args))
         ops.attend_(out, lse, **args)
         testing.assert_no_worse_than(out, rival().transpose(1, 2), want)
 
@@ -461,7 +463,7 @@ def decode(context: int, shape: Shape, shape_name: str, dtype: str, kept: float)
 
     def check() -> None:
         same, _ = reference.attend(**args)
-        want, _ = reference.attend(**{**args, **{n: args[n].double() for n in "qkv"}})
+        want, _ = reference.attend(**_double(args))
         ops.attend_(out, lse, **args)
         testing.assert_no_worse_than(out, same, want)
 

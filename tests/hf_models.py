@@ -261,10 +261,5 @@ def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
 
 def positions(layer: Any, row: int = 0) -> list[list[int]]:
     """Positions that a NAMMLayer holds for each head of a batch row, in order."""
-    kv = layer.kv
-    h = kv.num_kv_heads
-    starts = kv.store.cu_seqlens_k.tolist()
-    return [
-        kv.store.pos[starts[s] : starts[s] + kv.lengths[s]].tolist()
-        for s in range(row * h, (row + 1) * h)
-    ]
+    h, store = layer.kv.num_kv_heads, layer.kv.store.segments
+    return [store.pos[live].tolist() for live in store.slices()[row * h : (row + 1) * h]]

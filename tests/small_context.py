@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from namm_ext.policy import UpdateContext
+from namm_ext.values import Segments, Window
 from torch import Tensor
 
 SPARE = 3  # free slots behind the live rows of a segment
@@ -35,16 +36,20 @@ def context(
     pos = torch.full((num_segments, room), -1, dtype=torch.int32)
     pos[:, :num_keys] = torch.arange(num_keys) + 5
     return UpdateContext(
-        q_window=rand(num_rows, 2 * num_heads, 16 + n_up, 8),
-        lse_window=rand(num_rows, 2 * num_heads, 16 + n_up).abs().float().to(dtype) + 3,
-        k=rand(capacity, 8),
-        v=rand(capacity, 8),
-        pos=pos.flatten(),
-        state=rand(capacity, 17).abs(),
-        cu_seqlens_k=torch.arange(num_segments + 1, dtype=torch.int32) * room,
-        seqused_k=torch.full((num_segments,), num_keys, dtype=torch.int32),
-        pos_q=ints(*[num_keys + 5 - n_up - 16] * num_rows),
-        active=torch.tensor(due),
+        window=Window(
+            q=rand(num_rows, 2 * num_heads, 16 + n_up, 8),
+            lse=rand(num_rows, 2 * num_heads, 16 + n_up).abs().float().to(dtype) + 3,
+            pos_q=ints(*[num_keys + 5 - n_up - 16] * num_rows),
+            active=torch.tensor(due),
+        ),
+        segments=Segments(
+            k=rand(capacity, 8),
+            v=rand(capacity, 8),
+            pos=pos.flatten(),
+            state=rand(capacity, 17).abs(),
+            cu_seqlens_k=torch.arange(num_segments + 1, dtype=torch.int32) * room,
+            seqused_k=torch.full((num_segments,), num_keys, dtype=torch.int32),
+        ),
         softmax_scale=0.3,
         layer_idx=layer_idx,
         num_kv_heads=num_heads,
@@ -56,6 +61,5 @@ def context(
 
 def kept_positions(keep: Tensor, ctx: UpdateContext) -> list[list[int]]:
     """Positions that stay, of each segment."""
-    starts, used = ctx.cu_seqlens_k.tolist(), ctx.seqused_k.tolist()
-    live = [slice(start, start + n) for start, n in zip(starts, used, strict=False)]
-    return [ctx.pos[rows][keep[rows].bool()].tolist() for rows in live]
+    pos = ctx.segments.pos
+    return [pos[rows][keep[rows].bool()].tolist() for rows in ctx.segments.slices()]

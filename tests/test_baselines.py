@@ -139,7 +139,7 @@ def test_kernels_agree_with_float64(model, name, dtype):
     cache = NAMMCache(other, policy)
     other(ids, past_key_values=cache)
     layer, truth = cache.layers[0], exact.layers[0]
-    assert layer.kv.store.k.dtype == dtype
+    assert layer.kv.store.segments.k.dtype == dtype
     for row in (0, 1):
         pairs = list(zip(positions(layer, row), positions(truth, row), strict=True))
         assert sum(len(a) for a, _ in pairs) == sum(len(b) for _, b in pairs)

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from namm_ext import ops, reference, testing
+from namm_ext.values import Segments
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 pytestmark = [
     pytest.mark.cuda,
@@ -38,34 +40,27 @@ SHAPES = [
 
 def to_device(value: Any, device: str) -> Any:
     """Tensors of a (nested) structure, copied."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(v, device) for v in value)
-    return value
+    return tree_map_only(Tensor, lambda t: t.to(device, copy=True), value)
 
 
 @dataclass
 class Call:
-    """One op call; ``live``: the rows of its results that mean something, None for all."""
+    """One op call; ``live``: the rows of its results that mean something, None for all.
+
+    An op that writes in place gives all its arguments as results.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     live: Tensor | None
-    num_results: int
 
     def run(self, device: str, function: Callable | None = None) -> list[Tensor]:
-        """Results on the CPU; for an op that writes in place, what it wrote."""
+        """Results on the CPU."""
         args = to_device(self.args, device)
         function = function or getattr(ops, self.name)
         got = function(*args, **to_device(self.kwargs, device))
-        if got is None:
-            got = args[: self.num_results]
-        got = list(got) if isinstance(got, tuple) else [got]
-        return [t.cpu() for t in got]
+        return [t.cpu() for t in tree_leaves(args if got is None else got)]
 
     def select(self, results: list[Tensor]) -> list[Tensor]:
         """The part of the results to compare."""
@@ -75,7 +70,7 @@ class Call:
         return [t[self.live] if t.shape[:1] == (size,) else t for t in results]
 
 
-def store_of(head_dim: int, dtype: torch.dtype, lengths=RAGGED, room: int = 40) -> testing.Store:
+def store_of(head_dim: int, dtype: torch.dtype, lengths=RAGGED, room: int = 40) -> Segments:
     return testing.ragged_store(lengths, head_dim=head_dim, dtype=dtype, room=room)
 
 
@@ -86,37 +81,26 @@ def aligned(values: dict[str, Any]) -> dict[str, Any]:
 def attend_call(head_dim: int, groups: int, dtype: torch.dtype, num_new: tuple[int, int]) -> Call:
     store = store_of(head_dim, dtype, room=max(num_new))
     new = aligned(testing.new_tokens(store, num_new, num_groups=groups, num_cols=max(num_new)))
-    ops.append_(
-        store.k, store.v, store.pos, store.state, store.seqused_k, store.cu_seqlens_k,
-        new["k_new"], new["v_new"], new["first"], new["num_new"], new["pos_first"],
-    )  # fmt: skip
-    args = (
-        new["q"], store.k, store.v, store.pos, store.cu_seqlens_k, store.seqused_k,
-        new["first"], new["num_new"], new["pos_first"],
-    )  # fmt: skip
-    return Call("attend", args, {"softmax_scale": head_dim**-0.5}, None, 2)
+    columns = (new["first"], new["num_new"], new["pos_first"])
+    ops.append_(store, new["k_new"], new["v_new"], *columns)
+    args = (new["q"], store, *columns)
+    return Call("attend", args, {"softmax_scale": head_dim**-0.5}, None)
 
 
 def append_call(head_dim: int, dtype: torch.dtype) -> Call:
     store = store_of(head_dim, dtype, room=70)
     new = aligned(testing.new_tokens(store, (70, 3), num_cols=70))
-    args = (
-        store.k, store.v, store.pos, store.state, store.seqused_k, store.cu_seqlens_k,
-        new["k_new"], new["v_new"], new["first"], new["num_new"], new["pos_first"],
-    )  # fmt: skip
-    return Call("append_", args, {}, None, 5)
+    columns = (new["first"], new["num_new"], new["pos_first"])
+    return Call("append_", (store, new["k_new"], new["v_new"], *columns), {}, None)
 
 
 def window_call(name: str, head_dim: int, groups: int, dtype: torch.dtype, n_up: int = 64) -> Call:
     store = store_of(head_dim, dtype)
     scale = head_dim**-0.5
-    window = aligned(testing.window(store, n_up=n_up, num_groups=groups, scale=scale))
-    shared = (store.cu_seqlens_k, store.seqused_k, window["pos_q"], torch.tensor([True, True]))
-    head = (window["q_window"], window["lse_window"], store.k, store.pos)
-    if name == "spectrogram":
-        kwargs = {"softmax_scale": scale, "ema_coeff": 0.99}
-        return Call(name, (*head, store.state, *shared), kwargs, store.live, 1)
-    return Call(name, (*head, *shared), {"softmax_scale": scale, "first_row": 16}, store.live, 1)
+    window = testing.window(store, n_up=n_up, num_groups=groups, scale=scale)
+    window = window._make(t.contiguous() for t in window)
+    option = {"ema_coeff": 0.99} if name == "spectrogram" else {"first_row": 16}
+    return Call(name, (window, store), {"softmax_scale": scale, **option}, store.live)
 
 
 def score_call(name: str, spread: float = 0.2) -> Call:
@@ -129,11 +113,10 @@ def score_call(name: str, spread: float = 0.2) -> Call:
         num_params = reference.num_mlp_params(25, 2, True)
     params = testing.bank(3, num_params) * (spread / 0.2)
     args = (
-        store.state, store.pos, store.cu_seqlens_k, store.seqused_k, params,
-        torch.tensor([2, 0], dtype=torch.int32), torch.full((17,), 1.5), torch.full((17,), 0.7),
-        torch.tensor([True, True]),
+        store, params, torch.tensor([2, 0], dtype=torch.int32), torch.full((17,), 1.5),
+        torch.full((17,), 0.7), torch.tensor([True, True]),
     )  # fmt: skip
-    return Call(name, args, options, store.live, 1)
+    return Call(name, args, options, store.live)
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -157,8 +140,7 @@ def select_call(rule: str, ties: bool) -> Call:
         "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0, **RULES[rule],
     }  # fmt: skip
     active = torch.tensor([True, True])
-    args = (scores, store.pos, store.cu_seqlens_k, store.seqused_k, active)
-    return Call("select", args, kwargs, store.live, 2)
+    return Call("select", (scores, store, active), kwargs, store.live)
 
 
 def compact_call(head_dim: int, dtype: torch.dtype) -> Call:
@@ -166,29 +148,18 @@ def compact_call(head_dim: int, dtype: torch.dtype) -> Call:
     generator = torch.Generator().manual_seed(5)
     keep = (torch.rand(store.k.shape[0], generator=generator) < 0.4).to(torch.uint8)
     keep[~store.live] = 1
-    starts, used = store.cu_seqlens_k.tolist(), store.seqused_k.tolist()
-    num_kept = torch.tensor(
-        [int(keep[c : c + n].sum()) for c, n in zip(starts, used, strict=False)],
-        dtype=torch.int32,
-    )
+    num_kept = torch.tensor([int(keep[r].sum()) for r in store.slices()], dtype=torch.int32)
     cu_new = torch.cat([torch.zeros(1, dtype=torch.int64), num_kept.cumsum(0)]).to(torch.int32)
-    args = (
-        store.k, store.v, store.pos, store.state, store.cu_seqlens_k, store.seqused_k, keep,
-        num_kept, cu_new,
-    )  # fmt: skip
-    return Call("compact", args, {"capacity": int(cu_new[-1])}, None, 4)
+    return Call("compact", (store, keep, num_kept, cu_new), {"capacity": int(cu_new[-1])}, None)
 
 
 def law(call: Call, dtype: torch.dtype, round_to: torch.dtype | None = None) -> list[Tensor]:
     """The reference on the CPU with floating-point arguments in ``dtype``."""
-    args = tuple(
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in call.args
-    )
+    args = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, call.args)
     kwargs = dict(call.kwargs)
     if round_to is not None:
         kwargs["round_to"] = round_to
-    got = getattr(reference, call.name)(*args, **kwargs)
-    return list(got) if isinstance(got, tuple) else [got]
+    return tree_leaves(getattr(reference, call.name)(*args, **kwargs))
 
 
 # Against the law and the CPU ----------------------------------------------------------------------
@@ -276,8 +247,8 @@ def test_scores_choose_like_the_cpu(name):
         "threshold": 0.0, "cache_size": -1, "budget": "per_head", "fill": False,
         "protect_newest": True, "sink_tokens": 0, "recent_tokens": 0,
     }  # fmt: skip
-    _, pos, cu, used, *_, active = call.args
-    keep = [ops.select(scores, pos, cu, used, active, **rule)[0] for scores in (ours, theirs)]
+    store, *_, active = call.args
+    keep = [ops.select(scores, store, active, **rule)[0] for scores in (ours, theirs)]
     differ = (keep[0] != keep[1])[call.live]
     # Only where the score lies within the error of the threshold, and seldom.
     assert bool((want[differ].abs() <= 5e-3 * want.square().mean().sqrt()).all())
@@ -308,14 +279,13 @@ def test_equal_bits_every_time(name):
     first = call.select(call.run("cuda"))
     args, kwargs = to_device(call.args, "cuda"), to_device(call.kwargs, "cuda")
     live = None if call.live is None else call.live.cuda()
-    device_call = Call(call.name, args, kwargs, live, call.num_results)
+    device_call = Call(call.name, args, kwargs, live)
     expected = [t.cuda() for t in first]
     function = getattr(ops, call.name)
     for _ in range(REPEATS):
         fresh = to_device(args, "cuda") if call.name.endswith("_") else args
         got = function(*fresh, **kwargs)
-        got = fresh[: call.num_results] if got is None else got
-        got = device_call.select(list(got) if isinstance(got, tuple) else [got])
+        got = device_call.select(tree_leaves(fresh if got is None else got))
         for a, b in zip(got, expected, strict=True):
             same = (a == b) | ((a != a) & (b != b))
             assert bool(same.all())
@@ -326,18 +296,11 @@ def test_equal_bits_every_time(name):
 def test_attend_does_not_depend_on_the_batch(head_dim, dtype, num_new):
     call = attend_call(head_dim, 4, dtype, (num_new, num_new))
     out, lse = call.run("cuda")
-    q, k, v, pos, cu, used, first, count, pos_first = call.args
+    q, store, *columns = call.args
     for b in range(2):
-        rows = slice(int(cu[2 * b]), int(cu[2 * b + 2]))
-        alone = Call(
-            "attend",
-            (
-                q[b : b + 1], k[rows], v[rows], pos[rows], cu[2 * b : 2 * b + 3] - cu[2 * b],
-                used[2 * b : 2 * b + 2], first[b : b + 1], count[b : b + 1], pos_first[b : b + 1],
-            ),
-            call.kwargs, None, 2,
-        )  # fmt: skip
-        got, got_lse = alone.run("cuda")
+        mine = (t[b : b + 1] for t in columns)
+        args = (q[b : b + 1], store.part(2 * b, 2 * b + 2), *mine)
+        got, got_lse = Call("attend", args, call.kwargs, None).run("cuda")
         assert torch.equal(got[0], out[b])
         assert torch.equal(got_lse[0], lse[b])
 
@@ -357,49 +320,37 @@ def test_features_and_scores_do_not_depend_on_the_batch(name, head_dim, dtype):
     call = score_call(name) if scores else window_call(name, head_dim, 4, dtype)
     (whole,) = call.run("cuda")
     # The second batch row alone: everything per row or per segment is cut.
-    args = list(call.args)
-    at = (2, 3) if scores else {"spectrogram": (5, 6), "attention_received": (4, 5)}[name]
-    cu, used = args[at[0]], args[at[1]]
-    rows = slice(int(cu[2]), int(cu[4]))
-    live = call.live[rows]
-    args[at[0]], args[at[1]] = cu[2:] - cu[2], used[2:]
     if scores:
-        args[0], args[1] = args[0][rows], args[1][rows]
-        args[5], args[8] = args[5][1:], args[8][1:]
+        store, params, index, mean, var, active = call.args
+        part = store.part(2, 4)
+        args = (part, params, index[1:], mean, var, active[1:])
     else:
-        args[0], args[1] = args[0][1:].contiguous(), args[1][1:].contiguous()
-        args[2], args[3] = args[2][rows], args[3][rows]
-        if name == "spectrogram":
-            args[4] = args[4][rows]
-        args[-2], args[-1] = args[-2][1:], args[-1][1:]
-    (alone,) = Call(name, tuple(args), call.kwargs, live, 1).run("cuda")
-    assert torch.equal(alone[live], whole[rows][live])
+        window, store = call.args
+        part = store.part(2, 4)
+        args = (window._make(t[1:].contiguous() for t in window), part)
+    (alone,) = Call(name, args, call.kwargs, part.live).run("cuda")
+    start = int(store.cu_seqlens_k[2])
+    assert torch.equal(alone[part.live], whole[start:][part.live])
 
 
 @pytest.mark.parametrize("rule", list(RULES))
 def test_select_and_compact_do_not_depend_on_the_batch(rule):
     call = select_call(rule, ties=True)
     keep, kept = call.run("cuda")
-    scores, pos, cu, used, active = call.args
+    scores, store, active = call.args
     for b in range(2):
-        rows = slice(int(cu[2 * b]), int(cu[2 * b + 2]))
-        args = (
-            scores[rows], pos[rows], cu[2 * b : 2 * b + 3] - cu[2 * b], used[2 * b : 2 * b + 2],
-            active[b : b + 1],
-        )  # fmt: skip
-        alone, alone_kept = Call("select", args, call.kwargs, None, 2).run("cuda")
-        live = call.live[rows]
-        assert torch.equal(alone[live], keep[rows][live])
+        part = store.part(2 * b, 2 * b + 2)
+        rows = slice(int(store.cu_seqlens_k[2 * b]), int(store.cu_seqlens_k[2 * b + 2]))
+        args = (scores[rows], part, active[b : b + 1])
+        alone, alone_kept = Call("select", args, call.kwargs, None).run("cuda")
+        assert torch.equal(alone[part.live], keep[rows][part.live])
         assert torch.equal(alone_kept, kept[2 * b : 2 * b + 2])
     call = compact_call(128, BF16)
-    whole = call.run("cuda")
-    k, v, pos, state, cu, used, keep, kept, new = call.args
-    rows, out = slice(int(cu[2]), int(cu[4])), slice(int(new[2]), int(new[4]))
-    args = (
-        k[rows], v[rows], pos[rows], state[rows], cu[2:] - cu[2], used[2:], keep[rows], kept[2:],
-        new[2:] - new[2],
-    )  # fmt: skip
-    got = Call("compact", args, {"capacity": out.stop - out.start}, None, 4).run("cuda")
+    *whole, _, _ = call.run("cuda")
+    store, keep, kept, new = call.args
+    start, out = int(store.cu_seqlens_k[2]), slice(int(new[2]), int(new[4]))
+    args = (store.part(2, 4), keep[start:], kept[2:], new[2:] - new[2])
+    *got, _, _ = Call("compact", args, {"capacity": out.stop - out.start}, None).run("cuda")
     for ours, part in zip(got, whole, strict=True):
         assert torch.equal(ours, part[out])
 
@@ -411,16 +362,16 @@ def test_ops_run_on_the_current_stream():
     call = compact_call(128, BF16)
     expected = call.run("cuda")
     args = to_device(call.args, "cuda")
-    late = args[0].clone()
-    args[0].zero_()
+    late = args[0].k.clone()
+    args[0].k.zero_()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # an op on another stream would read the zeros
-        args[0].copy_(late)
+        args[0].k.copy_(late)
         got = ops.compact(*args, **call.kwargs)
     stream.synchronize()
-    torch.testing.assert_close(got[0].cpu(), expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(got.k.cpu(), expected[0], rtol=0, atol=0)
 
 
 def test_ops_do_not_wait_for_the_device():
@@ -450,15 +401,14 @@ def test_stores_beyond_32_bits():
     keep[-300:] = 1
     kept = torch.tensor([0, 300], dtype=torch.int32, **cuda)
     state = torch.zeros(rows, 1, **cuda)
-    new = ops.compact(
-        k, k, pos, state, cu, used, keep, kept,
-        torch.tensor([0, 0, 300], dtype=torch.int32, **cuda), capacity=300,
-    )  # fmt: skip
-    assert torch.equal(new[0], k[-300:])
-    assert torch.equal(new[2], pos[-300:])
+    store = Segments(k, k, pos, state, cu, used)
+    slots = torch.tensor([0, 0, 300], dtype=torch.int32, **cuda)
+    new = ops.compact(store, keep, kept, slots, capacity=300)
+    assert torch.equal(new.k, k[-300:])
+    assert torch.equal(new.pos, pos[-300:])
     q = torch.randn(1, 2, 1, head_dim, **cuda).to(BF16)
     one = torch.ones(1, dtype=torch.int32, **cuda)
-    out, _ = ops.attend(q, k, k, pos, cu, used, 0 * one, one, 0 * one + rows, softmax_scale=0.1)
+    out, _ = ops.attend(q, store, 0 * one, one, 0 * one + rows, softmax_scale=0.1)
     logits = (k[-300:].double() @ q[0, 1, 0].double()) * 0.1
     want = torch.softmax(logits, 0) @ k[-300:].double()
     torch.testing.assert_close(out[0, 0, 1].double(), want, rtol=2e-2, atol=2e-2)

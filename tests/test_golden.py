@@ -19,7 +19,9 @@ import pytest
 import torch
 from golden_files import golden_dir
 from namm_ext import NAMM, Budget, NAMMConfig, ops, policy, reference, testing
+from namm_ext.values import Segments, Window
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 GOLDEN = golden_dir()
 
@@ -29,14 +31,12 @@ class OpsOnCuda:
 
     def __getattr__(self, name: str):
         def call(*args, **kwargs):
-            moved = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+            moved = tree_map_only(Tensor, Tensor.cuda, args)
             result = getattr(ops, name)(*moved, **kwargs)
-            for original, copy in zip(args, moved, strict=True):
-                if name.endswith("_"):
+            if name.endswith("_"):
+                for original, copy in zip(tree_leaves(args), tree_leaves(moved), strict=True):
                     original.copy_(copy)
-            if isinstance(result, tuple):
-                return tuple(r.cpu() for r in result)
-            return None if result is None else result.cpu()
+            return tree_map_only(Tensor, Tensor.cpu, result)
 
         return call
 
@@ -216,11 +216,18 @@ def replay_selection(v, impl=reference):
             "dynamic": float(c["logthresh"]),
             "topk": -math.inf,
         }
+        k = torch.zeros(num_segments * num_keys, 0)
+        store = Segments(
+            k=k,
+            v=k,
+            pos=torch.arange(num_keys, dtype=torch.int32).repeat(num_segments),
+            state=k,
+            cu_seqlens_k=torch.arange(num_segments + 1, dtype=torch.int32) * num_keys,
+            seqused_k=torch.full((num_segments,), num_keys, dtype=torch.int32),
+        )
         keep, num_kept = impl.select(
             scores.reshape(-1).contiguous(),
-            torch.arange(num_keys, dtype=torch.int32).repeat(num_segments),
-            torch.arange(num_segments + 1, dtype=torch.int32) * num_keys,
-            torch.full((num_segments,), num_keys, dtype=torch.int32),
+            store,
             torch.tensor([True]),
             threshold=thresholds[kind],
             cache_size=cache_size,
@@ -276,9 +283,10 @@ class Chain:
         self.running: reference.Statistics | None = None
         # k and v of the store carry what the test wants gathered: row numbers, attention tails.
         empty = torch.zeros(0, reference.CARRY, dtype=self.dtype)
-        start = (empty, empty, torch.zeros(0, dtype=torch.int32), torch.zeros(0, 17))
+        pos = torch.zeros(0, dtype=torch.int32)
+        cu, used = (torch.zeros(self.num_heads + i, dtype=torch.int32) for i in (1, 0))
+        start = Segments(empty, empty, pos, torch.zeros(0, 17), cu, used)
         self.stores = [start] * self.num_layers
-        self.used = [torch.zeros(self.num_heads, dtype=torch.int32)] * self.num_layers
         self.one = torch.tensor([True])
 
     def steps(self):
@@ -289,24 +297,19 @@ class Chain:
     def want(self, step: int, layer: int, name: str) -> Tensor | None:
         return self.v.get(f"s{step}_l{layer}_{name}")
 
-    def append(self, step: int, layer: int):
+    def append(self, step: int, layer: int) -> Segments:
         """The layer's store with n_up new rows in each head, through ``append_``."""
-        num_kept = self.used[layer]
-        cu = torch.zeros(self.num_heads + 1, dtype=torch.int32)
-        cu[1:] = torch.cumsum(num_kept + self.n_up, 0)
-        keep = torch.ones(self.stores[layer][0].shape[0], dtype=torch.uint8)
-        cu_old = torch.zeros_like(cu)
-        cu_old[1:] = torch.cumsum(num_kept, 0)
-        store = self.impl.compact(
-            *self.stores[layer], cu_old, num_kept, keep, num_kept, cu, capacity=int(cu[-1])
-        )
-        used = num_kept.clone()
+        old = self.stores[layer]
+        cu = torch.zeros_like(old.cu_seqlens_k)
+        cu[1:] = torch.cumsum(old.seqused_k + self.n_up, 0)
+        keep = torch.ones(old.capacity, dtype=torch.uint8)
+        store = self.impl.compact(old, keep, old.seqused_k.clone(), cu, capacity=int(cu[-1]))
         new = torch.zeros(1, self.num_heads, self.n_up, reference.CARRY, dtype=self.dtype)
         first, count, pos_first = (
             torch.tensor([i], dtype=torch.int32) for i in (0, self.n_up, step * self.n_up)
         )
-        self.impl.append_(*store, used, cu, new, new, first, count, pos_first)
-        return store, used, cu
+        self.impl.append_(store, new, new, first, count, pos_first)
+        return store
 
     def statistics(self, ema: Tensor) -> tuple[Tensor, Tensor]:
         """Frozen statistics, or the running ones including this update."""
@@ -317,27 +320,26 @@ class Chain:
         self.running = merged
         return merged.mean, merged.var
 
-    def score(self, state, pos, cu, used, mean, var) -> Tensor:
+    def score(self, store: Segments, mean: Tensor, var: Tensor) -> Tensor:
         return self.impl.bam_scores(
-            state, pos, cu, used, self.v["params"][None], torch.zeros(1, dtype=torch.int32),
-            mean, var, self.one, log_transform=False, log_eps=1e-6,
+            store, self.v["params"][None], torch.zeros(1, dtype=torch.int32), mean, var, self.one,
+            log_transform=False, log_eps=1e-6,
         )  # fmt: skip
 
-    def evict(self, step: int, layer: int, scores: Tensor, store, used, cu) -> Tensor:
+    def evict(self, step: int, layer: int, scores: Tensor, store: Segments) -> Tensor:
         """Select with the released code's rule, compact, compare; returns kept rows [H, R]."""
         keep, num_kept = self.impl.select(
-            scores, store[2], cu, used, self.one, threshold=0.0, cache_size=-1,
-            budget="per_head", fill=True, protect_newest=True, sink_tokens=0, recent_tokens=0,
+            scores, store, self.one, threshold=0.0, cache_size=-1, budget="per_head", fill=True,
+            protect_newest=True, sink_tokens=0, recent_tokens=0,
         )  # fmt: skip
         kept = keep.view(self.num_heads, -1).nonzero()[:, 1].view(self.num_heads, -1)
         assert torch.equal(kept[None], self.want(step, layer, "retained_idx").long())
-        cu_new = torch.zeros_like(cu)
+        cu_new = torch.zeros_like(store.cu_seqlens_k)
         cu_new[1:] = torch.cumsum(num_kept, 0)
         self.stores[layer] = self.impl.compact(
-            *store, cu, used, keep, num_kept, cu_new, capacity=int(cu_new[-1])
+            store, keep, num_kept, cu_new, capacity=int(cu_new[-1])
         )
-        self.used[layer] = num_kept
-        pos = self.stores[layer][2].view(1, self.num_heads, -1)
+        pos = self.stores[layer].pos.view(1, self.num_heads, -1)
         assert torch.equal(pos, self.want(step, layer, "position_ids_after"))
         return kept
 
@@ -356,16 +358,16 @@ def test_chain(path, impl):
     chain = Chain(path, impl)
     round_to = torch.bfloat16 if chain.dtype == torch.bfloat16 else None
     for step, layer in chain.steps():
-        store, used, cu = chain.append(step, layer)
-        _, tails, pos, state = store
-        shape = (1, chain.num_heads, int(used[0]))
+        store = chain.append(step, layer)
+        shape = (1, chain.num_heads, int(store.seqused_k[0]))
+        pos = store.pos
         assert torch.equal(pos.view(shape), chain.want(step, layer, "position_ids_in"))
 
         attn = reference.group_mean(chain.want(step, layer, "attn_in"), chain.groups, round_to)
-        magnitudes = reference.spectrogram_from_attention(attn, tails.view(*shape, -1))
+        magnitudes = reference.spectrogram_from_attention(attn, store.v.view(*shape, -1))
         if (want := chain.want(step, layer, "magnitudes")) is not None:
             assert_near(magnitudes, want, 2e-6, "magnitudes")
-        ema = reference.fold_ema(magnitudes, state.view(*shape, -1), EMA_COEFF)
+        ema = reference.fold_ema(magnitudes, store.state.view(*shape, -1), EMA_COEFF)
         assert_near(ema, chain.want(step, layer, "ema_out"), 1e-6, "ema")
 
         mean, var = chain.statistics(ema)
@@ -379,18 +381,18 @@ def test_chain(path, impl):
         )
         assert_near(x[None], chain.want(step, layer, "embedding"), 5e-5, "embedding")
 
-        state = ema.reshape(-1, 17).contiguous()
-        scores = chain.score(state, pos, cu, used, mean, var)
+        store = store._replace(state=ema.reshape(-1, 17).contiguous())
+        scores = chain.score(store, mean, var)
         assert_near(scores.view(shape), chain.want(step, layer, "scores"), 1e-4, "scores")
 
         tails = attn[..., -reference.CARRY :, :].transpose(-1, -2).to(chain.dtype)
         tails = tails.reshape(-1, reference.CARRY).contiguous()
-        chain.evict(step, layer, scores, (store[0], tails, pos, state), used, cu)
-        _, tails, _, state = chain.stores[layer]
+        chain.evict(step, layer, scores, store._replace(v=tails))
+        after = chain.stores[layer]
         want = chain.want(step, layer, "prev_attn_tail_after")
-        assert_near(tails.view(want.shape), want, 1e-6 if round_to is None else 0.0, "tail")
+        assert_near(after.v.view(want.shape), want, 1e-6 if round_to is None else 0.0, "tail")
         want = chain.want(step, layer, "ema_state_after")
-        assert_near(state.view(want.shape), want, 1e-6, "ema after")
+        assert_near(after.state.view(want.shape), want, 1e-6, "ema after")
         chain.check_running(step, layer)
 
 
@@ -406,9 +408,8 @@ def test_chain_from_queries(path, impl):
     chain = Chain(path, impl)
     previous = [None] * chain.num_layers
     for step, layer in chain.steps():
-        store, used, cu = chain.append(step, layer)
-        _, _, pos, state = store
-        num_keys = int(used[0])
+        store = chain.append(step, layer)
+        num_keys = int(store.seqused_k[0])
         head_dim = -(-num_keys // 8) * 8
         if impl is not reference and head_dim > 256:
             pytest.skip("one-hot keys need head_dim >= keys, and the kernels stop at 256")
@@ -424,18 +425,19 @@ def test_chain_from_queries(path, impl):
         k = torch.eye(num_keys, head_dim).repeat(chain.num_heads, 1)
         pos_q = torch.tensor([step * chain.n_up - reference.CARRY], dtype=torch.int32)
         state = impl.spectrogram(
-            q, torch.zeros(q.shape[:3]), k, pos, state, cu, used, pos_q, chain.one,
+            Window(q, torch.zeros(q.shape[:3]), pos_q, chain.one), store._replace(k=k),
             softmax_scale=1.0, ema_coeff=EMA_COEFF,
         )  # fmt: skip
+        store = store._replace(state=state)
         want = chain.want(step, layer, "ema_out")
         # exp(log p) in float32 is off by |log p| ulps; the attention itself was exact.
         assert_near(state.view(want.shape), want, 5e-6, "ema")
 
         mean, var = chain.statistics(want)
-        scores = chain.score(state, pos, cu, used, mean, var)
+        scores = chain.score(store, mean, var)
         want = chain.want(step, layer, "scores")
         assert_near(scores.view(want.shape), want, 2e-4, "scores")
-        kept = chain.evict(step, layer, scores, (*store[:3], state), used, cu)
+        kept = chain.evict(step, layer, scores, store)
         previous[layer] = probs[0, :, -reference.CARRY :], kept
 
 
@@ -552,15 +554,14 @@ class Recorder(policy.Policy):
 
     def select(self, scores, ctx):
         keep, num_kept = self.inner.select(scores, ctx)
-        starts, used = ctx.cu_seqlens_k.tolist(), ctx.seqused_k.tolist()
-        live = [slice(s, s + n) for s, n in zip(starts, used, strict=False)]
+        live = ctx.segments.slices()
         kept = [keep[rows].nonzero().flatten() for rows in live]
         self.updates.setdefault(ctx.layer_idx, []).append(
             {
                 "scores": torch.stack([scores[rows] for rows in live]),
                 "retained_idx": torch.stack(kept),
                 "retained_pos": torch.stack(
-                    [ctx.pos[rows][i] for rows, i in zip(live, kept, strict=True)]
+                    [ctx.segments.pos[rows][i] for rows, i in zip(live, kept, strict=True)]
                 ),
             }
         )
@@ -635,11 +636,8 @@ def test_e2e(path, cut):
     assert_near(logits[0, -last.shape[0] :], last, 3e-4, "logits")
 
     for layer in cache.layers:
-        store, name = layer.kv.store, f"l{layer.layer_idx}"
-        rows = [
-            slice(s, s + n)
-            for s, n in zip(store.cu_seqlens_k.tolist(), layer.kv.lengths, strict=False)
-        ]
+        store, name = layer.kv.store.segments, f"l{layer.layer_idx}"
+        rows = store.slices()
         for x in ("k", "v"):
             held = torch.stack([getattr(store, x)[r] for r in rows])
             assert_near(held, v[f"final_{x}_{name}"], 1e-4, f"{x} {name}")

@@ -161,10 +161,8 @@ def test_any_chunking_gives_the_same_result(cuts):
     torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert [positions(a, r) for r in (0, 1)] == [positions(b, r) for r in (0, 1)]
-        live = [torch.arange(n) + s for n, s in zip(
-            a.kv.lengths, a.kv.store.cu_seqlens_k.tolist(), strict=False)]  # fmt: skip
-        rows = torch.cat(live)
-        torch.testing.assert_close(a.kv.store.state[rows], b.kv.store.state[rows])
+        rows, _ = a.kv.store.segments.live_rows()
+        torch.testing.assert_close(a.kv.store.segments.state[rows], b.kv.store.segments.state[rows])
 
 
 @pytest.mark.parametrize("cuts", [(), (10, 17, 40, 41), (64,)], ids=["whole", "ragged", "aligned"])
@@ -243,7 +241,7 @@ def test_autocast_and_inference_mode():
         stock = model(ids).logits
         cache = NAMMCache(model, NeverEvict(n_up=16))
         got = model(ids, past_key_values=cache).logits
-    assert cache.layers[0].kv.store.k.dtype == torch.bfloat16
+    assert cache.layers[0].kv.store.segments.k.dtype == torch.bfloat16
     assert (got - exact).norm() <= 2 * (stock - exact).norm()
 
 

@@ -358,7 +358,7 @@ def test_crop_across_an_update_needs_the_past(model, policy):
 def cache_tensors(cache):
     for layer in cache.layers:
         kv = layer.kv
-        yield from (kv.store.k, kv.store.v)
+        yield from (kv.store.segments.k, kv.store.segments.v)
 
 
 def test_bytes_are_freed_and_reported(model):

@@ -13,10 +13,7 @@ def _bits(tensor):
 
 
 def _call(function, store, new):
-    function(
-        store.k, store.v, store.pos, store.state, store.seqused_k, store.cu_seqlens_k,
-        new["k_new"], new["v_new"], new["first"], new["num_new"], new["pos_first"],
-    )  # fmt: skip
+    function(store, new["k_new"], new["v_new"], new["first"], new["num_new"], new["pos_first"])
 
 
 @pytest.mark.parametrize("device", testing.devices())
@@ -104,7 +101,7 @@ def test_append_refuses_before_writing(case):
         if name in new:
             new[name] = tensor
         else:
-            setattr(store, name, tensor)
+            store = store._replace(**{name: tensor})
     before = store.clone()
     with pytest.raises(RuntimeError) as error:
         _call(ops.append_, store, new)

@@ -18,10 +18,10 @@ def _keep(store, rule):
     """Poisoned outside of the live rows: a dead row marked to stay must not."""
     keep = torch.ones(store.k.shape[0], dtype=torch.uint8, device=store.k.device)
     num_kept = []
-    starts, used = store.cu_seqlens_k.tolist(), store.seqused_k.tolist()
-    for start, n in zip(starts, used, strict=False):
+    for rows in store.slices():
+        n = rows.stop - rows.start
         mask = KEEP[rule](torch.arange(n), n)
-        keep[start : start + n] = mask.to(keep)
+        keep[rows] = mask.to(keep)
         num_kept.append(int(mask.sum()))
     return keep, torch.tensor(num_kept, dtype=torch.int32, device=store.k.device)
 
@@ -34,10 +34,8 @@ def _slots(num_kept, room=3):
 
 
 def _compact(function, store, keep, num_kept, cu_new, capacity=None):
-    return function(
-        store.k, store.v, store.pos, store.state, store.cu_seqlens_k, store.seqused_k,
-        keep, num_kept, cu_new, capacity=int(cu_new[-1]) if capacity is None else capacity,
-    )  # fmt: skip
+    capacity = int(cu_new[-1]) if capacity is None else capacity
+    return function(store, keep, num_kept, cu_new, capacity=capacity)
 
 
 @pytest.mark.parametrize("device", testing.devices())
@@ -51,15 +49,16 @@ def test_compact(lengths, rule, dtype, device):
     cu_new = _slots(num_kept)
     got = _compact(ops.compact, store, keep, num_kept, cu_new)
     expected = _compact(reference.compact, store, keep, num_kept, cu_new)
-    live = testing.live_rows(cu_new, num_kept, int(cu_new[-1]))
-    for name, new, old in zip(["k", "v", "pos", "state"], got, expected, strict=True):
+    assert got.cu_seqlens_k is cu_new
+    assert got.seqused_k is num_kept
+    live = got.live
+    for name, new, old in zip(got._fields, got.tokens, expected.tokens, strict=False):
         assert torch.equal(new[live], old[live]), name
         assert bool(new[live].isfinite().all()), name
         # The memory of evicted rows is really gone.
         assert new.untyped_storage().nbytes() == new.numel() * new.element_size()
-    starts = cu_new.tolist()
-    for s, n in enumerate(num_kept.tolist()):
-        pos = got[2][starts[s] : starts[s] + n]
+    for rows in got.slices():
+        pos = got.pos[rows]
         assert bool((pos[1:] > pos[:-1]).all()), "kept rows stay in order"
 
 
@@ -78,7 +77,7 @@ def test_compact_keeping_all_is_the_identity():
     store = testing.ragged_store("ragged")
     keep, num_kept = _keep(store, "all")
     got = _compact(ops.compact, store, keep, num_kept, store.cu_seqlens_k)
-    for new, old in zip(got, (store.k, store.v, store.pos, store.state), strict=True):
+    for new, old in zip(got.tokens, store.tokens, strict=True):
         assert torch.equal(new[store.live], old[store.live])
 
 

@@ -3,22 +3,22 @@
 import inspect
 import math
 import re
+from pathlib import Path
 
 import namm_ext
 import pytest
 import torch
 from namm_ext import ops, reference, testing
+from namm_ext._library import libraries
+from namm_ext.values import Segments, Window
 
-OPS = (
-    "append_",
-    "attend_",
-    "spectrogram",
-    "attention_received",
-    "bam_scores",
-    "mlp_scores",
-    "select",
-    "compact",
-)
+OPS = libraries.ops
+#: What the fields of a window are called as arguments of an op.
+WINDOW = ("q_window", "lse_window", "pos_q", "active")
+
+
+def schema(op):
+    return getattr(torch.ops.namm_ext, op).default._schema
 
 
 def sample(op, case="ragged", dtype=torch.float32, device="cpu"):
@@ -29,67 +29,48 @@ def sample(op, case="ragged", dtype=torch.float32, device="cpu"):
         # opcheck compares all of a mutated argument, and NaN differs from itself.
         for tensor in (store.k, store.v, store.state):
             tensor.nan_to_num_()
-    layout = {"cu_seqlens_k": store.cu_seqlens_k, "seqused_k": store.seqused_k}
-    active = torch.tensor([True, False], device=device)
-    scorer = {
-        "state": store.state,
-        "pos": store.pos,
-        **layout,
+    new = testing.new_tokens(store, (3, 2), num_groups=2, num_cols=4)
+    new = {n: t.nan_to_num() if t.is_floating_point() else t for n, t in new.items()}
+    q, lse, pos_q, active = testing.window(store, scale=0.2, active=(True, False))
+    num_params = 4172 if op == "bam_scores" else 676
+    known = {
+        **store._asdict(), **new, "q_window": q, "lse_window": lse, "pos_q": pos_q,
+        "active": active, "softmax_scale": 0.2, "ema_coeff": 0.99, "first_row": 16,
+        "out": new["q"].new_zeros(2, 4, 4, store.v.shape[1]),
+        "lse": torch.zeros(new["q"].shape[:3], device=device),
+        "params": testing.bank(2, num_params, device=device),
         "param_index": torch.tensor([1, 0], dtype=torch.int32, device=device),
-        "mean": torch.zeros(17, device=device),
-        "var": torch.ones(17, device=device),
-        "active": active,
-        "log_transform": True,
-        "log_eps": 1e-3,
-    }
-    if grows:
-        new = testing.new_tokens(store, (3, 2), num_groups=2, num_cols=4)
-        new = {n: t.nan_to_num() if t.is_floating_point() else t for n, t in new.items()}
-        columns = {n: new[n] for n in ("first", "num_new", "pos_first")}
-        tensors = {"k": store.k, "v": store.v, "pos": store.pos, **layout, **columns}
-        if op == "append_":
-            return {**tensors, "state": store.state, "k_new": new["k_new"], "v_new": new["v_new"]}
-        q = new["q"]
-        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], store.v.shape[1])
-        lse = torch.zeros(q.shape[:3], device=device)
-        return {**tensors, "q": q, "out": out, "lse": lse, "softmax_scale": 0.2}
-    if op in ("spectrogram", "attention_received"):
-        args = {"k": store.k, "pos": store.pos, **layout, "active": active, "softmax_scale": 0.2}
-        args |= testing.window(store, scale=0.2)
-        if op == "spectrogram":
-            return args | {"state": store.state, "ema_coeff": 0.99}
-        return args | {"first_row": 16}
-    if op == "bam_scores":
-        return scorer | {"params": testing.bank(2, 4172, device=device)}
-    if op == "mlp_scores":
-        sizes = {"hidden": 25, "depth": 2, "bias": True, "residual_first": True}
-        return scorer | {"params": testing.bank(2, 676, device=device)} | sizes
-    if op == "select":
-        return {
-            "scores": store.state[:, 0].contiguous() - 2, "pos": store.pos, **layout,
-            "active": active, "threshold": 0.0, "cache_size": 20, "budget": "per_head",
-            "fill": True, "protect_newest": True, "sink_tokens": 2, "recent_tokens": 3,
-        }  # fmt: skip
-    tensors = {"k": store.k, "v": store.v, "pos": store.pos, "state": store.state, **layout}
-    total = store.k.shape[0]
-    return tensors | {
-        "keep": torch.ones(total, dtype=torch.uint8, device=device),
-        "num_kept": store.seqused_k.clone(),
-        "cu_seqlens_new": store.cu_seqlens_k.clone(),
-        "capacity": total,
-    }
+        "mean": torch.zeros(17, device=device), "var": torch.ones(17, device=device),
+        "log_transform": True, "log_eps": 1e-3,
+        "hidden": 25, "depth": 2, "bias": True, "residual_first": True,
+        "scores": store.state[:, 0].contiguous() - 2, "threshold": 0.0, "cache_size": 20,
+        "budget": "per_head", "fill": True, "protect_newest": True, "sink_tokens": 2,
+        "recent_tokens": 3,
+        "keep": torch.ones(store.capacity, dtype=torch.uint8, device=device),
+        "num_kept": store.seqused_k.clone(), "cu_seqlens_new": store.cu_seqlens_k.clone(),
+        "capacity": store.capacity,
+    }  # fmt: skip
+    return {argument.name: known[argument.name] for argument in schema(op).arguments}
+
+
+def values(op, args):
+    """Arguments of the typed wrapper by name: the values, and what else the op takes."""
+    parameters = inspect.signature(getattr(ops, op)).parameters
+    known = dict(args)
+    if "segments" in parameters:
+        # What an op does not read may be anything.
+        known["segments"] = Segments(*(args.get(n) for n in Segments._fields))
+    if "window" in parameters:
+        known["window"] = Window(*(args[n] for n in WINDOW))
+    return {n: known[n] for n in parameters}
 
 
 def positional(op, args):
-    schema = getattr(torch.ops.namm_ext, op).default._schema
-    return [args[argument.name] for argument in schema.arguments]
+    return [args[argument.name] for argument in schema(op).arguments]
 
 
 def call(op, args):
-    """Through the typed wrapper: tensors by position, the rest by keyword."""
-    tensors = [a for a in positional(op, args) if isinstance(a, torch.Tensor)]
-    rest = {n: a for n, a in args.items() if not isinstance(a, torch.Tensor)}
-    return getattr(ops, op)(*tensors, **rest)
+    return getattr(ops, op)(**values(op, args))
 
 
 @pytest.mark.parametrize("device", testing.devices())
@@ -110,14 +91,11 @@ def test_compiles_without_a_graph_break(op):
     args = sample(op)
     expected_args = {n: a.clone() if isinstance(a, torch.Tensor) else a for n, a in args.items()}
     expected = call(op, expected_args)
-    names = [a.name for a in getattr(torch.ops.namm_ext, op).default._schema.arguments]
-    tensors = {n: args[n] for n in names if isinstance(args[n], torch.Tensor)}
-    rest = {n: args[n] for n in names if n not in tensors}
     wrapper = getattr(ops, op)
     compiled = torch.compile(
-        lambda *values: wrapper(*values, **rest), fullgraph=True, backend="aot_eager"
+        lambda arguments: wrapper(**arguments), fullgraph=True, backend="aot_eager"
     )
-    got = compiled(*tensors.values())
+    got = compiled(values(op, args))
     if expected is None:
         for name, tensor in args.items():
             if isinstance(tensor, torch.Tensor):
@@ -144,12 +122,19 @@ def test_gradients_are_refused(op):
         rf"^{op}: {name} must not require grad, got requires_grad=True; the op is not "
         r"differentiable, call it under torch.no_grad\(\)"
     )
-    for function in (lambda: getattr(torch.ops.namm_ext, op)(*positional(op, args)),
-                     lambda: call(op, args)):  # fmt: skip
+    raw = getattr(torch.ops.namm_ext, op)
+    for function in (lambda: raw(*positional(op, args)), lambda: call(op, args)):
         with pytest.raises(RuntimeError, match=message):
             function()
     with torch.no_grad():
         call(op, args)
+
+
+def test_the_list_of_ops_comes_from_the_library():
+    """An op without wrapper, law or test cannot hide: this list is what they are compared with."""
+    source = Path(__file__).parents[1] / "cpp/ops/library.cpp"
+    defined = re.findall(r'^ +"(\w+)\(Tensor', source.read_text(), re.MULTILINE)
+    assert sorted(defined) == list(OPS)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -166,8 +151,13 @@ def test_wrapper_reference_and_schema_agree(op):
     assert list(wrapper) == names
     assert all(wrapper[n].kind is law[n].kind for n in names)
     if op != "attend":
-        schema = getattr(torch.ops.namm_ext, op).default._schema
-        assert list(wrapper) == [a.name for a in schema.arguments]
+        # Every argument of the op is one of the wrapper's, or lies in one of its values.
+        flat = set(wrapper) - {"segments", "window"}
+        flat |= set(Segments._fields) if "segments" in wrapper else set()
+        flat |= set(WINDOW) if "window" in wrapper else set()
+        arguments = {a.name for a in schema(op).arguments}
+        assert arguments <= flat
+        assert flat - arguments <= set(Segments._fields), "only parts of a store may be left out"
 
 
 @pytest.mark.parametrize("op", [*OPS, "attend"])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from namm_ext import ops, reference, testing
+from namm_ext.values import Segments
 
 IMPLS = [("cpu", isa) for isa in testing.isas()]
 if "cuda" in testing.devices():
@@ -36,8 +37,7 @@ def _case(lengths, device="cpu", num_params=reference.NUM_BAM_PARAMS, active=(Tr
 
 def _scores(function, store, args, log_transform=False, **mlp):
     return function(
-        store.state, store.pos, store.cu_seqlens_k, store.seqused_k,
-        args["params"], args["param_index"], args["mean"], args["var"], args["active"],
+        store, args["params"], args["param_index"], args["mean"], args["var"], args["active"],
         log_transform=log_transform, log_eps=1e-3, **mlp,
     )  # fmt: skip
 
@@ -75,11 +75,33 @@ def test_mlp_scores(lengths, mlp, log_transform, device, isa):
     _check("mlp_scores", *case, isa, log_transform=log_transform, **sizes)
 
 
+def _first_row(args):
+    return {k: v[:1] if k in ("param_index", "active") else v for k, v in args.items()}
+
+
 @impls
-def test_bam_scores_of_a_long_segment(device, isa):
-    store, args = _case((700, 3), device)
-    args = {k: v[:1] if k in ("param_index", "active") else v for k, v in args.items()}
-    _check("bam_scores", store, args, isa)
+@pytest.mark.parametrize("log_transform", [False, True], ids=["linear", "log"])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 257, 700])
+def test_bam_scores_of_every_length(length, log_transform, device, isa):
+    """Around the edges of tiles, and over many of them."""
+    store, args = _case((length, 3), device)
+    _check("bam_scores", store, _first_row(args), isa, log_transform=log_transform)
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+def test_bam_scores_are_redone_where_the_anchor_overflows(isa):
+    """Weights so large that 2^(logit - self logit) leaves float32."""
+    store, args = _case((90, 3))
+    args = _first_row(args)
+    args["params"][:, : 25 * 96] *= 12
+    args["mean"][:], args["var"][:] = 0.5, 2.0
+    live = store.live
+    same = _scores(reference.bam_scores, store, args)[live]
+    want = _scores(reference.bam_scores, store.double(), args)[live]
+    with testing.force_isa(isa):
+        got = _scores(ops.bam_scores, store, args)[live]
+    assert got.isfinite().all()
+    testing.assert_no_worse_than(got, same, want, factor=4.0)
 
 
 @impls
@@ -104,10 +126,11 @@ def test_recency_is_exact_to_a_unit_in_the_last_place(feature, device, isa):
     num = pos.numel()
     params = torch.zeros(1, reference.NUM_FEATURES, device=device)
     params[0, feature] = 1
-    store = testing.Store(
-        pos, pos, pos, torch.zeros(num, 17, device=device),
+    k = torch.zeros(num, 0, device=device)
+    store = Segments(
+        k, k, pos, torch.zeros(num, 17, device=device),
         torch.tensor([0, num], dtype=torch.int32, device=device),
-        torch.tensor([num], dtype=torch.int32, device=device), 1, 1,
+        torch.tensor([num], dtype=torch.int32, device=device),
     )  # fmt: skip
     args = {
         "params": params,
@@ -182,11 +205,7 @@ def test_scores_are_deterministic_and_batch_invariant(name, isa):
         assert torch.equal(again[live], scores[live])
         for b in range(2):
             rows = slice(int(store.cu_seqlens_k[2 * b]), int(store.cu_seqlens_k[2 * b + 2]))
-            one = testing.Store(
-                store.k[rows], store.v[rows], store.pos[rows], store.state[rows],
-                store.cu_seqlens_k[2 * b : 2 * b + 3] - store.cu_seqlens_k[2 * b],
-                store.seqused_k[2 * b : 2 * b + 2].clone(), 1, 2,
-            )  # fmt: skip
+            one = store.part(2 * b, 2 * b + 2)
             part = {
                 k: t[b : b + 1] if k in ("param_index", "active") else t for k, t in args.items()
             }

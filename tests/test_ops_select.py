@@ -59,9 +59,7 @@ def _case(lengths, scores="random", device="cpu", active=(True, True), seed=0):
 
 
 def _select(function, store, scores, active, **changes):
-    return function(
-        scores, store.pos, store.cu_seqlens_k, store.seqused_k, active, **{**DEFAULTS, **changes}
-    )
+    return function(scores, store, active, **{**DEFAULTS, **changes})
 
 
 def _assert_equal(store, scores, active, **changes):
@@ -139,7 +137,7 @@ def test_threads_do_not_matter(threads, seed):
 
 def test_many_segments_use_threads():
     lengths = [11, 0, 500, 37] * 64
-    store = testing.ragged_store(lengths, num_kv_heads=4, head_dim=1, num_state=0)
+    store = testing.ragged_store(lengths, head_dim=1, num_state=0)
     values = torch.randn(store.k.shape[0])
     active = torch.ones(64, dtype=torch.bool)
     for mode in ("ragged", "reference", "per_head", "per_layer"):

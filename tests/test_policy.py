@@ -191,10 +191,12 @@ def test_to_moves_all_tensors():
 
 
 def expected_state(ctx: UpdateContext, ema_coeff: float) -> Tensor:
-    return reference.spectrogram(
-        ctx.q_window, ctx.lse_window, ctx.k, ctx.pos, ctx.state, ctx.cu_seqlens_k,
-        ctx.seqused_k, ctx.pos_q, ctx.active, softmax_scale=0.3, ema_coeff=ema_coeff,
-    )  # fmt: skip
+    return reference.spectrogram(ctx.window, ctx.segments, softmax_scale=0.3, ema_coeff=ema_coeff)
+
+
+def with_due(ctx: UpdateContext, due: tuple[bool, ...]) -> UpdateContext:
+    window = ctx.window._replace(active=torch.tensor(due))
+    return dataclasses.replace(ctx, window=window, due=due)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -210,16 +212,14 @@ def test_update_is_spectrogram_then_scores(changes, dtype):
     bank = torch.stack([namm.params, -namm.params])
     scores, state = namm.with_params(bank).update(dataclasses.replace(ctx, param_index=ints(1, 0)))
     want_state = expected_state(ctx, c.ema_coeff)
-    live = torch.zeros(ctx.k.shape[0], dtype=torch.bool)
-    for start, n in zip(ctx.cu_seqlens_k[:-1].tolist(), ctx.seqused_k.tolist(), strict=True):
-        live[start : start + n] = True
+    live = ctx.segments.live
     assert scores.dtype == state.dtype == dtype
     torch.testing.assert_close(state[live], want_state[live])
     features = torch.cat([
         reference.token_features(
-            want_state[43 * s : 43 * s + 40], ctx.pos[43 * s : 43 * s + 40], namm.mean, namm.var,
+            want_state[rows], ctx.segments.pos[rows], namm.mean, namm.var,
             c.feature_transform == "log", c.log_eps,
-        ) for s in range(2)
+        ) for rows in ctx.segments.slices()[:2]
     ]).view(2, 40, 25)  # fmt: skip
     if c.scorer == "bam":
         want = reference.bam(features, -namm.params)
@@ -233,14 +233,13 @@ def test_update_is_spectrogram_then_scores(changes, dtype):
 
 
 def test_one_vector_serves_every_row():
-    ctx = dataclasses.replace(context(), param_index=ints(0, 0), active=torch.tensor([True] * 2))
+    ctx = with_due(dataclasses.replace(context(), param_index=ints(0, 0)), (True, True))
     namm = random_namm(n_up=16)
     scores, _ = namm.update(ctx)
     bank = namm.with_params(torch.stack([torch.zeros(4172), namm.params]))
     again, _ = bank.update(dataclasses.replace(ctx, param_index=ints(1, 1)))
-    live = torch.zeros(ctx.k.shape[0], dtype=torch.bool).view(4, 43)
-    live[:, :40] = True
-    assert torch.equal(scores[live.flatten()], again[live.flatten()])
+    live = ctx.segments.live
+    assert torch.equal(scores[live], again[live])
     assert repr(bank).endswith("params: 2 candidates of 4172)")
 
 
@@ -253,7 +252,7 @@ def test_zero_parameters_keep_everything():
 
 def test_nan_scores_are_named():
     ctx = context()
-    scores = torch.zeros(ctx.k.shape[0])
+    scores = torch.zeros(ctx.segments.capacity)
     _, counts = NAMM(NAMMConfig(n_up=16)).select(scores, ctx)
     assert policy.check_num_kept(counts, ctx) == [40] * 4
     scores[43 + 7] = math.nan
@@ -286,13 +285,13 @@ def test_calibrator_collects_due_rows_and_evicts_nothing(transform):
     ctx = context()
     features = []
     for active in ((True, False), (False, False), (True, True)):
-        ctx = dataclasses.replace(ctx, active=torch.tensor(active), due=active)
+        ctx = with_due(ctx, active)
         scores, state = calibrator.update(ctx)
         _, counts = calibrator.select(scores, ctx)
         assert counts.tolist() == [40] * 4
         want = expected_state(ctx, 0.9).view(2, 2, 43, 17)[:, :, :40]
         features.append(want[torch.tensor(active)].reshape(-1, 17))
-        ctx = dataclasses.replace(ctx, state=state)
+        ctx = dataclasses.replace(ctx, segments=ctx.segments._replace(state=state))
     pooled = torch.cat(features)
     pooled = (pooled + 1e-3).log() if transform == "log" else pooled
     assert calibrator.count == pooled.shape[0] == 240

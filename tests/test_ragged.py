@@ -49,15 +49,15 @@ def run(kv, q, k, v, cuts=(), planner=None):
 
 def live(kv, name):
     """A store tensor's live rows, by segment."""
-    starts = kv.store.cu_seqlens_k.tolist()
-    rows = [getattr(kv.store, name)[s : s + n] for s, n in zip(starts, kv.lengths, strict=False)]
+    rows = [getattr(kv.store.segments, name)[live] for live in kv.store.segments.slices()]
     return rows
 
 
 def same(a, b):
     assert a.lengths == b.lengths
     assert a.seen == b.seen
-    assert a.store.seqused_k.tolist() == list(a.lengths) == b.store.seqused_k.tolist()
+    for each in (a, b):
+        assert each.store.segments.seqused_k.tolist() == list(a.lengths)
     for name in ("k", "v", "pos", "state"):
         for x, y in zip(live(a, name), live(b, name), strict=True):
             torch.testing.assert_close(x, y)
@@ -112,25 +112,25 @@ def test_planner_answers_all_layers_alike():
 def test_slots_are_kept_plus_n_up():
     kv = make(policy())
     run(kv, *inputs(70))
-    store = kv.store
+    store, segments = kv.store, kv.store.segments
     assert store.slots == tuple(n + N_UP for n in store.kept)
-    assert store.cu_seqlens_k.diff().tolist() == list(store.slots)
+    assert segments.cu_seqlens_k.diff().tolist() == list(store.slots)
     assert kv.lengths == tuple(n + 70 % N_UP for n in store.kept)
     assert len(set(store.kept)) > 1  # really ragged
     assert all(sum(store.kept[b * H : (b + 1) * H]) == 7 * H for b in range(B))
     rows = sum(store.slots)
-    assert store.k.untyped_storage().nbytes() == rows * D * 8
-    assert store.v.untyped_storage().nbytes() == rows * DV * 8
-    assert store.state.untyped_storage().nbytes() == rows * 17 * 8
+    assert segments.k.untyped_storage().nbytes() == rows * D * 8
+    assert segments.v.untyped_storage().nbytes() == rows * DV * 8
+    assert segments.state.untyped_storage().nbytes() == rows * 17 * 8
 
 
 def test_ledger_equals_the_tensors():
     total = Ledger()
     kv = make(policy(), ledger=total)
     run(kv, *inputs(70))
-    tensors = (kv.store.pos, kv.store.state, kv.store.cu_seqlens_k, kv.store.seqused_k,
-               kv.q_window, kv.lse_window)  # fmt: skip
-    assert total.kv == kv.ledger.kv == kv.store.k.nbytes + kv.store.v.nbytes
+    k, v, *rest = kv.store.segments
+    tensors = (*rest, kv.q_window, kv.lse_window)
+    assert total.kv == kv.ledger.kv == k.nbytes + v.nbytes
     assert total.memory == sum(t.untyped_storage().nbytes() for t in tensors)
     # An update holds the old and the new store at once.
     assert total.peak_kv >= 2 * H * B * N_UP * (D + DV) * 8
@@ -162,12 +162,12 @@ def test_free_room_and_unused_window_are_never_read(name, dtype):
     want = run(clean, q, k, v, cuts=(10, 11, 40))
     planner, out = Planner(N_UP), []
     for a, b in ((0, 10), (10, 11), (11, 40), (40, 70)):
-        starts = dirty.store.cu_seqlens_k.tolist()
+        starts = dirty.store.segments.cu_seqlens_k.tolist()
         for s, n in enumerate(dirty.lengths):
             room = slice(starts[s] + n, starts[s + 1])
             for name in ("k", "v", "state"):
-                getattr(dirty.store, name)[room] = torch.nan
-            dirty.store.pos[room] = 10**9
+                getattr(dirty.store.segments, name)[room] = torch.nan
+            dirty.store.segments.pos[room] = 10**9
         if dirty.q_window.shape[2]:
             since = CARRY + dirty.seen[0] % N_UP
             dirty.q_window[:, :, since:] = torch.nan
@@ -219,7 +219,7 @@ def test_no_window_for_policies_that_need_none():
     kv = make(StreamingLLM(8, N_UP))
     run(kv, *inputs(40))
     assert kv.q_window.numel() == kv.lse_window.numel() == 0
-    assert kv.store.state.shape[1] == 0
+    assert kv.store.segments.state.shape[1] == 0
 
 
 def test_window_holds_the_last_queries():
@@ -276,9 +276,13 @@ def test_a_failing_update_leaves_the_store_and_is_made_up_for(where):
     with pytest.raises(MemoryError):
         run(bad, q[:, :, 31:32], k[:, :, 31:32], v[:, :, 31:32])
     assert bad.store is store
-    assert bad.lengths == tuple(n + N_UP for n in store.kept) == tuple(store.seqused_k.tolist())
-    for a, b in zip(live(bad, "state"), store.cu_seqlens_k.tolist(), strict=False):
-        torch.testing.assert_close(a[:-1], held.state[b : b + a.shape[0] - 1])
+    assert (
+        bad.lengths
+        == tuple(n + N_UP for n in store.kept)
+        == tuple(store.segments.seqused_k.tolist())
+    )
+    for a, b in zip(live(bad, "state"), store.segments.cu_seqlens_k.tolist(), strict=False):
+        torch.testing.assert_close(a[:-1], held.segments.state[b : b + a.shape[0] - 1])
     got = run(bad, q[:, :, 32:], k[:, :, 32:], v[:, :, 32:])
     torch.testing.assert_close(got, want[:, 32:])
     same(good, bad)
@@ -296,7 +300,7 @@ def test_select_rows(rows):
     assert kv.batch_size == len(rows)
     fresh = make(policy(), batch_size=len(rows))
     want = run(fresh, q[rows], k[rows], v[rows])
-    assert kv.ledger.kv == kv.store.k.nbytes + kv.store.v.nbytes
+    assert kv.ledger.kv == kv.store.kv_bytes
     q, k, v = q[rows], k[rows], v[rows]
     got = run(kv, q[:, :, 40:], k[:, :, 40:], v[:, :, 40:])
     torch.testing.assert_close(got, want[:, 40:])
@@ -355,12 +359,12 @@ def test_crop_refuses_what_it_cannot_do():
     q, k, v = inputs(40)
     kv = make(policy())
     run(kv, q, k, v)
-    before = copy.deepcopy(kv.store.seqused_k)
+    before = copy.deepcopy(kv.store.segments.seqused_k)
     with pytest.raises(RuntimeError, match=r"crop: cannot undo the memory update of layer 0 "
                        r"that dropped tokens, asked to remove 9 tokens"):  # fmt: skip
         kv.crop([0, 9, 0])
-    assert torch.equal(kv.store.seqused_k, before)
+    assert torch.equal(kv.store.segments.seqused_k, before)
     assert kv.seen == (40,) * B
     kv.crop([8, 3, 0])  # rows by themselves
     assert kv.seen == (32, 37, 40)
-    assert kv.store.seqused_k.tolist() == list(kv.lengths)
+    assert kv.store.segments.seqused_k.tolist() == list(kv.lengths)

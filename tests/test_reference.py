@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from namm_ext import reference
+from namm_ext.values import Segments, Window
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -358,11 +359,9 @@ class RaggedLayer:
 
     def __init__(self, s: Setting, poison: bool):
         self.s, self.poison = s, poison
-        self.num_segments = s.num_rows * s.num_heads
-        self.capacities = [s.n_up] * self.num_segments
-        self.used = torch.zeros(self.num_segments, dtype=torch.int32)
-        self.cu = self.slots(self.capacities)
-        self.store = self.fresh(int(self.cu[-1]))
+        num_segments = s.num_rows * s.num_heads
+        used = torch.zeros(num_segments, dtype=torch.int32)
+        self.store = self.fresh(self.slots([s.n_up] * num_segments), used)
         num_q = s.num_heads * s.groups
         self.q_window = torch.zeros(s.num_rows, num_q, 16 + s.n_up, s.head_dim, dtype=F64)
         self.lse_window = torch.zeros(s.num_rows, num_q, 16 + s.n_up, dtype=F64)
@@ -373,22 +372,24 @@ class RaggedLayer:
     def slots(lengths) -> Tensor:
         return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
-    def fresh(self, capacity: int) -> tuple[Tensor, ...]:
-        """Rows of a new store; unused ones hold values that would be noticed."""
+    def fresh(self, cu: Tensor, used: Tensor) -> Segments:
+        """A new store; unused rows hold values that would be noticed."""
         junk = NAN if self.poison else 0.0
-        d = self.s.head_dim
-        return (
+        capacity, d = int(cu[-1]), self.s.head_dim
+        return Segments(
             torch.full((capacity, d), junk, dtype=F64), torch.full((capacity, d), junk, dtype=F64),
             torch.full((capacity,), -7, dtype=torch.int32),
-            torch.full((capacity, 17), junk, dtype=F64),
+            torch.full((capacity, 17), junk, dtype=F64), cu, used,
         )  # fmt: skip
+
+    def window(self, pos_q: list[int], active: list[bool]) -> Window:
+        return Window(self.q_window, self.lse_window, ints(*pos_q), torch.tensor(active))
 
     def feed(self, q, k, v, first, num_new) -> Tensor:
         """Columns [first, first + num_new) of each row; attention output [B, L, Hq, Dv]."""
         args = (ints(*first), ints(*num_new), ints(*self.seen))
-        reference.append_(*self.store, self.used, self.cu, k, v, *args)
-        k_, v_, pos, _ = self.store
-        out, lse = reference.attend(q, k_, v_, pos, self.cu, self.used, *args, softmax_scale=0.4)
+        reference.append_(self.store, k, v, *args)
+        out, lse = reference.attend(q, self.store, *args, softmax_scale=0.4)
         for b, n in enumerate(num_new):
             target = slice(16 + self.clock[b], 16 + self.clock[b] + n)
             columns = slice(first[b], first[b] + n)
@@ -404,38 +405,29 @@ class RaggedLayer:
         due = [b for b in range(s.num_rows) if self.clock[b] == s.n_up]
         if not due:
             return []
-        active = torch.tensor([b in due for b in range(s.num_rows)])
-        pos_q = ints(
-            *(seen - clock - 16 for seen, clock in zip(self.seen, self.clock, strict=True))
-        )
-        k, v, pos, state = self.store
-        before = state.clone()
-        state = reference.spectrogram(
-            self.q_window, self.lse_window, k, pos, state, self.cu, self.used, pos_q, active,
-            softmax_scale=0.4, ema_coeff=0.99,
-        )  # fmt: skip
-        torch.testing.assert_close(before, self.store[3], rtol=0, atol=0, equal_nan=True)
-        tail = (self.cu, self.used, params, index, mean, var, active)
+        pos_q = [seen - clock - 16 for seen, clock in zip(self.seen, self.clock, strict=True)]
+        window = self.window(pos_q, [b in due for b in range(s.num_rows)])
+        before = self.store.state.clone()
+        state = reference.spectrogram(window, self.store, softmax_scale=0.4, ema_coeff=0.99)
+        torch.testing.assert_close(before, self.store.state, rtol=0, atol=0, equal_nan=True)
+        store = self.store._replace(state=state)
+        args = (store, params, index, mean, var, window.active)
         options = {"log_transform": s.log, "log_eps": 1e-3}
         if s.scorer == "bam":
-            scores = reference.bam_scores(state, pos, *tail, **options)
+            scores = reference.bam_scores(*args, **options)
         else:
             scores = reference.mlp_scores(
-                state, pos, *tail, **options, hidden=25, depth=1, bias=False, residual_first=False
+                *args, **options, hidden=25, depth=1, bias=False, residual_first=False
             )
-        keep, num_kept = reference.select(scores, pos, self.cu, self.used, active, **s.select_args)
+        keep, num_kept = reference.select(scores, store, window.active, **s.select_args)
         room = [s.n_up - (0 if b in due else self.clock[b]) for b in range(s.num_rows)]
         lengths = [int(n) + room[i // s.num_heads] for i, n in enumerate(num_kept)]
         cu_new = self.slots(lengths)
-        packed = reference.compact(
-            k, v, pos, state, self.cu, self.used, keep, num_kept, cu_new, capacity=int(cu_new[-1])
-        )
-        new = self.fresh(int(cu_new[-1]))
-        for i, n in enumerate(num_kept.tolist()):
-            rows = slice(int(cu_new[i]), int(cu_new[i]) + n)
-            for target, source in zip(new, packed, strict=True):
+        packed = reference.compact(store, keep, num_kept, cu_new, capacity=int(cu_new[-1]))
+        self.store = self.fresh(cu_new, num_kept)
+        for rows in packed.slices():
+            for target, source in zip(self.store.tokens, packed.tokens, strict=True):
                 target[rows] = source[rows]
-        self.store, self.cu, self.used = new, cu_new, num_kept
         for b in due:
             self.q_window[b, :, :16] = self.q_window[b, :, -16:].clone()
             self.lse_window[b, :, :16] = self.lse_window[b, :, -16:].clone()
@@ -444,8 +436,8 @@ class RaggedLayer:
 
     def segment(self, b: int, h: int) -> tuple[Tensor, ...]:
         i = b * self.s.num_heads + h
-        rows = slice(int(self.cu[i]), int(self.cu[i]) + int(self.used[i]))
-        return tuple(x[rows] for x in self.store)
+        rows = self.store.slices()[i]
+        return tuple(x[rows] for x in self.store.tokens)
 
 
 SETTINGS = {
@@ -535,23 +527,18 @@ def test_received_attention_is_the_column_sum():
     q = rand(2, 4, 32, 8)
     k, v = rand(2, 2, 32, 8), rand(2, 2, 32, 8)
     layer.feed(q, k, v, [0, 0], [32, 20])
+    window = layer.window([-16, -16], [True, False])
     for first_row in (0, 16, 30, 48):
         got = reference.attention_received(
-            layer.q_window, layer.lse_window, layer.store[0], layer.store[2], layer.cu,
-            layer.used, ints(-16, -16), torch.tensor([True, False]),
-            softmax_scale=0.4, first_row=first_row,
-        )  # fmt: skip
+            window, layer.store, softmax_scale=0.4, first_row=first_row
+        )
         logits = torch.einsum("hgqd,hkd->hgqk", q[0].unflatten(0, (2, 2)), k[0]) * 0.4
         logits = logits.masked_fill(torch.ones(32, 32).triu(1).bool(), -torch.inf)
         want = logits.softmax(-1).mean(1)[:, max(first_row - 16, 0) :].sum(1)
         close(got[:64].view(2, 32), want)
         assert not got[64:].any()
     with pytest.raises(ValueError, match=r"first_row must be in \[0, 48\], got 49"):
-        reference.attention_received(
-            layer.q_window, layer.lse_window, layer.store[0], layer.store[2], layer.cu,
-            layer.used, ints(-16, -16), torch.tensor([True, False]),
-            softmax_scale=0.4, first_row=49,
-        )  # fmt: skip
+        reference.attention_received(window, layer.store, softmax_scale=0.4, first_row=49)
 
 
 def test_inactive_rows_stay_as_they_are():
@@ -560,23 +547,19 @@ def test_inactive_rows_stay_as_they_are():
     layer.feed(rand(2, 4, 32, 8), rand(2, 2, 32, 8), rand(2, 2, 32, 8), [0, 0], [32, 32])
     for b in range(2):
         layer.segment(b, 0)[3].normal_()
-    k, _, pos, state = layer.store
-    active = torch.tensor([False, True])
-    new = reference.spectrogram(
-        layer.q_window, layer.lse_window, k, pos, state, layer.cu, layer.used, ints(-16, -16),
-        active, softmax_scale=0.4, ema_coeff=0.99,
-    )  # fmt: skip
-    assert torch.equal(new[:64], state[:64])
-    assert not torch.equal(new[64:], state[64:])
+    store, window = layer.store, layer.window([-16, -16], [False, True])
+    new = reference.spectrogram(window, store, softmax_scale=0.4, ema_coeff=0.99)
+    assert torch.equal(new[:64], store.state[:64])
+    assert not torch.equal(new[64:], store.state[64:])
     scores = reference.bam_scores(
-        state, pos, layer.cu, layer.used, rand(1, 4172), ints(0, 0), rand(17), rand(17).abs(),
-        active, log_transform=False, log_eps=1.0,
+        store, rand(1, 4172), ints(0, 0), rand(17), rand(17).abs(), window.active,
+        log_transform=False, log_eps=1.0,
     )  # fmt: skip
     assert not scores[:64].any()
     assert scores[64:].all()
     scores[:64] = NAN
     keep, num_kept = reference.select(
-        scores, pos, layer.cu, layer.used, active, **{**s.select_args, "cache_size": 3}
+        scores, store, window.active, **{**s.select_args, "cache_size": 3}
     )
     assert keep[:64].all()
     assert num_kept.tolist()[:2] == [32, 32]
@@ -586,10 +569,10 @@ def test_inactive_rows_stay_as_they_are():
 def test_attend_sees_nothing_before_the_first_key():
     out, lse = torch.full((1, 3, 1, 2), 5.0), torch.full((1, 1, 3), 5.0)
     k, v = torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    store = Segments(k, v, ints(1, 9), torch.zeros(2, 0), ints(0, 2), ints(2))
     reference.attend_(
-        out, lse, torch.ones(1, 1, 3, 2), k, v, ints(1, 9), ints(0, 2), ints(2),
-        ints(1), ints(2), ints(0), softmax_scale=1.0,
-    )  # fmt: skip
+        out, lse, torch.ones(1, 1, 3, 2), store, ints(1), ints(2), ints(0), softmax_scale=1.0
+    )
     assert out[0, :, 0].tolist() == [[5.0, 5.0], [0.0, 0.0], [1.0, 2.0]]
     assert lse[0, 0].tolist() == [5.0, -math.inf, 2.0]
 
@@ -608,20 +591,23 @@ def test_original_roundings():
         reference.spectrogram_from_attention(mean), torch.zeros(num_rows, 17), 0.99
     )
     pos = torch.arange(num_rows, dtype=torch.int32)
-    store = (ints(0, num_rows), ints(num_rows))
+    state = torch.zeros(num_rows, 17)
+    store = Segments(k[0], v[0], pos, state, ints(0, num_rows), ints(num_rows))
     out, lse = reference.attend(
-        q[None], k[0], v[0], pos, *store, ints(0), ints(num_rows), ints(0),
-        softmax_scale=scale, round_to=bf16,
-    )  # fmt: skip
+        q[None], store, ints(0), ints(num_rows), ints(0), softmax_scale=scale, round_to=bf16
+    )
     torch.testing.assert_close(out[0].transpose(0, 1), probs @ v, rtol=2**-7, atol=2**-7)
-    window = torch.cat([torch.zeros(1, groups, 16, 16, dtype=bf16), q[None]], dim=2)
-    window_lse = torch.cat([torch.zeros(1, groups, 16), lse], dim=2)
+    window = Window(
+        torch.cat([torch.zeros(1, groups, 16, 16, dtype=bf16), q[None]], dim=2),
+        torch.cat([torch.zeros(1, groups, 16), lse], dim=2),
+        ints(-16),
+        torch.tensor([True]),
+    )
 
     def ema(round_to):
         return reference.spectrogram(
-            window, window_lse, k[0], pos, torch.zeros(num_rows, 17), *store, ints(-16),
-            torch.tensor([True]), softmax_scale=scale, ema_coeff=0.99, round_to=round_to,
-        )  # fmt: skip
+            window, store, softmax_scale=scale, ema_coeff=0.99, round_to=round_to
+        )
 
     rounded, exact = (ema(bf16) - want).abs().max(), (ema(None) - want).abs().max()
     # A probability on the edge between two bf16 values may still fall to the other side.
@@ -640,15 +626,13 @@ def run_select(scores: list[list[float]], pos=None, num_rows: int = 1, room: int
         flat_scores += [*row, *[NAN] * room]
         flat_pos += [*positions, *[-(10**6)] * room]
     cu = RaggedLayer.slots([len(row) + room for row in scores])
+    k = torch.zeros(len(flat_pos), 0)
+    store = Segments(k, k, ints(*flat_pos), k, cu, ints(*(len(row) for row in scores)))
     keep, num_kept = reference.select(
-        torch.tensor(flat_scores, dtype=F64), ints(*flat_pos), cu,
-        ints(*(len(row) for row in scores)), torch.ones(num_rows, dtype=torch.bool),
+        torch.tensor(flat_scores, dtype=F64), store, torch.ones(num_rows, dtype=torch.bool),
         **{**Setting().select_args, **args},
     )  # fmt: skip
-    flags = [
-        [bool(f) for f in keep[int(a) : int(a) + len(row)]]
-        for a, row in zip(cu[:-1], scores, strict=True)
-    ]
+    flags = [[bool(f) for f in keep[rows]] for rows in store.slices()]
     return flags, num_kept.tolist()
 
 
@@ -755,7 +739,7 @@ def test_append_refuses_to_overflow_a_slot():
     layer = RaggedLayer(Setting(num_rows=1, num_heads=1), poison=False)
     new = torch.zeros(1, 1, 40, 8, dtype=F64)
     with pytest.raises(ValueError, match="append_: segment 0 must have room for 33 rows, got 32"):
-        reference.append_(*layer.store, layer.used, layer.cu, new, new, ints(0), ints(33), ints(0))
+        reference.append_(layer.store, new, new, ints(0), ints(33), ints(0))
 
 
 @pytest.mark.parametrize(("op", "extra"), [
@@ -765,19 +749,21 @@ def test_append_refuses_to_overflow_a_slot():
 @pytest.mark.parametrize("index", [-1, 2])
 def test_scores_refuse_an_index_outside_the_bank(op, extra, index):
     params = torch.zeros(2, 25 if extra else 4172)
+    k = torch.zeros(1, 0)
+    store = Segments(k, k, ints(0), torch.zeros(1, 17), ints(0, 1), ints(1))
     message = rf"{op.__name__}: param_index must be in \[0, 2\), got {index}"
     with pytest.raises(ValueError, match=message):
         op(
-            torch.zeros(1, 17), ints(0), ints(0, 1), ints(1), params, ints(index),
-            torch.zeros(17), torch.ones(17), torch.tensor([True]),
+            store, params, ints(index), torch.zeros(17), torch.ones(17), torch.tensor([True]),
             log_transform=False, log_eps=1e-6, **extra,
         )  # fmt: skip
 
 
 def test_compact_refuses_disagreement():
-    store = (torch.zeros(2, 4), torch.zeros(2, 4), ints(0, 1), torch.zeros(2, 17))
+    k = torch.zeros(2, 4)
+    store = Segments(k, k, ints(0, 1), torch.zeros(2, 17), ints(0, 2), ints(2))
     keep = torch.tensor([1, 1], dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"compact: num_kept\[0\] must be 2, got 1"):
-        reference.compact(*store, ints(0, 2), ints(2), keep, ints(1), ints(0, 2), capacity=2)
+        reference.compact(store, keep, ints(1), ints(0, 2), capacity=2)
     with pytest.raises(ValueError, match="compact: slot 0 must hold 2 rows, got 1"):
-        reference.compact(*store, ints(0, 2), ints(2), keep, ints(2), ints(0, 1), capacity=1)
+        reference.compact(store, keep, ints(2), ints(0, 1), capacity=1)

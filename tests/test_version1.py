@@ -26,7 +26,7 @@ def test_policies_keep_the_same(name):
     scores = ((torch.arange(172) * 37) % 101 - 50).float() / 50
     for layer_idx, want in enumerate(EXPECTED[name]["kept"]):
         ctx = context(layer_idx=layer_idx, seen=(40, 40))
-        ctx.pos.sub_(5).clamp_(min=-1)
+        ctx.segments.pos.sub_(5).clamp_(min=-1)
         keep, _ = namm.select(scores, ctx)
         assert kept_positions(keep, ctx)[:2] == want
 

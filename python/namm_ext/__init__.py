@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops, reference
 from ._library import libraries
+from .values import Segments, Window
 
 if TYPE_CHECKING:
     from . import baselines
@@ -44,7 +45,9 @@ __all__ = [
     "NAMMCache",
     "NAMMConfig",
     "Policy",
+    "Segments",
     "UpdateContext",
+    "Window",
     "__version__",
     "apply",
     "baselines",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ class Libraries:
         self.supported_isas: list[str] = core.supported_isas()
         self._load("namm_ops.so")
         self.has_cuda, self.cuda_status = self._load_cuda()
+        #: Names of the ops on tensors, as the library defines them.
+        self.ops: tuple[str, ...] = tuple(sorted(_ops_on_tensors()))
 
     def _load(self, name: str) -> None:
         path = self.folder / name
@@ -56,6 +59,15 @@ class Libraries:
         except ImportError as error:
             return False, str(error)
         return True, "loaded"
+
+
+def _ops_on_tensors() -> Iterator[str]:
+    for qualified in torch._C._dispatch_get_all_op_names():
+        space, _, name = qualified.partition("::")
+        if space == "namm_ext":
+            schema = getattr(torch.ops.namm_ext, name).default._schema
+            if any(str(argument.type) == "Tensor" for argument in schema.arguments):
+                yield name
 
 
 def _missing(name: str, reason: str) -> str:

@@ -1,16 +1,12 @@
 """Fused operators on a ragged KV cache: typed functions over ``torch.ops.namm_ext``.
 
-The store of one layer is flat. A *segment* is one (batch row, KV head) pair,
-``s = b * num_kv_heads + h``; it owns rows ``[cu_seqlens_k[s], cu_seqlens_k[s + 1])`` of every
-per-token tensor, of which the first ``seqused_k[s]`` are live, oldest first. Rows behind them are
-room for new tokens: they may hold anything, NaN included, are never read, and are unspecified in
-results.
-
-Sizes: B batch rows, H KV heads, S = B * H segments, G query heads per KV head (query head
-``h * G + g`` belongs to KV head h), D ``head_dim``, Dv ``head_dim_v``, L new columns, C rows of the
-store. Keys, values and queries are float32, bfloat16 or float16 (one dtype per call), contiguous in
-their last dimension; the tensors of the store are contiguous. Index tensors are int32, ``active``
-is bool, everything else float32. All arguments are on one device.
+They take the store of one layer as :class:`~namm_ext.values.Segments` and its newest queries as
+:class:`~namm_ext.values.Window`, which say every shape and dtype. Sizes: B batch rows, H KV heads,
+S = B * H segments, G query heads per KV head (query head ``h * G + g`` belongs to KV head h), D
+``head_dim``, Dv ``head_dim_v``, L new columns, C rows of the store. Keys, values and queries are
+float32, bfloat16 or float16 (one dtype per call), contiguous in their last dimension; the tensors
+of the store are contiguous. Index tensors are int32, ``active`` is bool, everything else float32.
+All arguments are on one device.
 
 **float64** inputs go to :mod:`namm_ext.reference`, which has the same functions in plain torch, so
 that a whole model can be checked in double precision.
@@ -29,20 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library as _library  # loads torch.ops.namm_ext
 from . import reference
+from ._library import libraries
+from .values import Segments, Window
 
 _ops = torch.ops.namm_ext
 _float64 = torch.float64
 
 
 def append_(
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    state: Tensor,
-    seqused_k: Tensor,
-    cu_seqlens_k: Tensor,
+    segments: Segments,
     k_new: Tensor,
     v_new: Tensor,
     first: Tensor,
@@ -55,12 +47,7 @@ def append_(
     ``pos_first[b] + i`` and a zero state. ``seqused_k`` grows by ``num_new[b]``.
 
     Args:
-        k: ``[C, D]``, written.
-        v: ``[C, Dv]``, written.
-        pos: ``[C]`` int32 positions, written.
-        state: ``[C, F]`` float32, written; F may be 0.
-        seqused_k: ``[S]`` int32, written.
-        cu_seqlens_k: ``[S + 1]`` int32.
+        segments: the store, written, all but ``cu_seqlens_k``.
         k_new: ``[B, H, L, D]`` keys after RoPE, any strides over the first three dimensions.
         v_new: ``[B, H, L, Dv]``.
         first: ``[B]`` int32, first column that is a real token.
@@ -76,15 +63,15 @@ def append_(
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
         >>> k, v, pos, state = torch.zeros(3, 1), torch.zeros(3, 1), i32(0, 0, 0), torch.zeros(3, 0)
-        >>> used, new = i32(1), torch.tensor([5.0, 6.0]).view(1, 1, 2, 1)
-        >>> append_(k, v, pos, state, used, i32(0, 3), new, new, i32(0), i32(2), i32(7))
-        >>> k.flatten().tolist(), pos.tolist(), used.tolist()
+        >>> store = Segments(k, v, pos, state, i32(0, 3), i32(1))
+        >>> new = torch.tensor([5.0, 6.0]).view(1, 1, 2, 1)
+        >>> append_(store, new, new, i32(0), i32(2), i32(7))
+        >>> k.flatten().tolist(), pos.tolist(), store.seqused_k.tolist()
         ([0.0, 5.0, 6.0], [0, 7, 8], [3])
     """
+    k, v, pos, state, cu_seqlens_k, seqused_k = segments
     if k.dtype is _float64 or state.dtype is _float64:
-        reference.append_(
-            k, v, pos, state, seqused_k, cu_seqlens_k, k_new, v_new, first, num_new, pos_first
-        )
+        reference.append_(segments, k_new, v_new, first, num_new, pos_first)
         return
     _ops.append_.default(
         k, v, pos, state, seqused_k, cu_seqlens_k, k_new, v_new, first, num_new, pos_first
@@ -95,11 +82,7 @@ def attend_(
     out: Tensor,
     lse: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     first: Tensor,
     num_new: Tensor,
     pos_first: Tensor,
@@ -117,11 +100,7 @@ def attend_(
         lse: ``[B, H * G, L]`` float32, written: natural logarithm of the sum of exponentials of
             the scaled products.
         q: ``[B, H * G, L, D]`` queries after RoPE, any strides over the first three dimensions.
-        k: ``[C, D]``.
-        v: ``[C, Dv]``.
-        pos: ``[C]`` int32.
-        cu_seqlens_k: ``[S + 1]`` int32.
-        seqused_k: ``[S]`` int32.
+        segments: the store, new keys included; the state does not matter.
         first: ``[B]`` int32, first real column.
         num_new: ``[B]`` int32, number of real columns.
         pos_first: ``[B]`` int32, position of the first of them.
@@ -134,18 +113,19 @@ def attend_(
 
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> k, v = torch.zeros(2, 1), torch.tensor([[1.0], [3.0]])
+        >>> store = Segments(k, v, i32(0, 1), torch.zeros(2, 0), i32(0, 2), i32(2))
         >>> out, lse, one = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1, 1)
-        >>> attend_(out, lse, one, torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]), i32(0, 1),
-        ...         i32(0, 2), i32(2), i32(0), i32(1), i32(1), softmax_scale=1.0)
+        >>> attend_(out, lse, one, store, i32(0), i32(1), i32(1), softmax_scale=1.0)
         >>> out.item(), round(lse.item(), 4)
         (2.0, 0.6931)
     """
     if q.dtype is _float64:
         reference.attend_(
-            out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first,
-            softmax_scale=softmax_scale,
-        )  # fmt: skip
+            out, lse, q, segments, first, num_new, pos_first, softmax_scale=softmax_scale
+        )
         return
+    k, v, pos, _, cu_seqlens_k, seqused_k = segments
     _ops.attend_.default(
         out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first, softmax_scale
     )
@@ -153,11 +133,7 @@ def attend_(
 
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     first: Tensor,
     num_new: Tensor,
     pos_first: Tensor,
@@ -170,11 +146,7 @@ def attend(
 
     Args:
         q: ``[B, H * G, L, D]``.
-        k: ``[C, D]``.
-        v: ``[C, Dv]``.
-        pos: ``[C]`` int32.
-        cu_seqlens_k: ``[S + 1]`` int32.
-        seqused_k: ``[S]`` int32.
+        segments: the store, new keys included; the state does not matter.
         first: ``[B]`` int32.
         num_new: ``[B]`` int32.
         pos_first: ``[B]`` int32.
@@ -191,33 +163,24 @@ def attend(
 
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
-        >>> out, lse = attend(torch.ones(1, 1, 1, 1), torch.zeros(2, 1), torch.ones(2, 1),
-        ...                   i32(0, 1), i32(0, 2), i32(2), i32(0), i32(1), i32(1),
+        >>> k, v = torch.zeros(2, 1), torch.ones(2, 1)
+        >>> store = Segments(k, v, i32(0, 1), torch.zeros(2, 0), i32(0, 2), i32(2))
+        >>> out, lse = attend(torch.ones(1, 1, 1, 1), store, i32(0), i32(1), i32(1),
         ...                   softmax_scale=1.0)
         >>> out.item(), tuple(lse.shape)
         (1.0, (1, 1, 1))
     """
     batch_size, num_heads, num_cols, _ = q.shape
-    out = q.new_zeros(batch_size, num_cols, num_heads, v.shape[-1])
+    out = q.new_zeros(batch_size, num_cols, num_heads, segments.v.shape[-1])
     dtype = _float64 if q.dtype is _float64 else torch.float32
     lse = q.new_full((batch_size, num_heads, num_cols), -torch.inf, dtype=dtype)
-    attend_(
-        out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first,
-        softmax_scale=softmax_scale,
-    )  # fmt: skip
+    attend_(out, lse, q, segments, first, num_new, pos_first, softmax_scale=softmax_scale)
     return out, lse
 
 
 def spectrogram(
-    q_window: Tensor,
-    lse_window: Tensor,
-    k: Tensor,
-    pos: Tensor,
-    state: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
-    pos_q: Tensor,
-    active: Tensor,
+    window: Window,
+    segments: Segments,
     *,
     softmax_scale: float,
     ema_coeff: float,
@@ -230,16 +193,9 @@ def spectrogram(
     P is 0 where ``pos`` is larger than that.
 
     Args:
-        q_window: ``[B, H * G, 16 + n_up, D]``, the last 16 queries of the previous period, then
-            those of this one; n_up is a positive multiple of 16.
-        lse_window: ``[B, H * G, 16 + n_up]`` float32, finite; contiguous in its last dimension.
-        k: ``[C, D]``.
-        pos: ``[C]`` int32.
-        state: ``[C, 17]`` float32, E before the period; zero for keys born in it.
-        cu_seqlens_k: ``[S + 1]`` int32.
-        seqused_k: ``[S]`` int32.
-        pos_q: ``[B]`` int32, position of window row 0; negative before the start of a sequence.
-        active: ``[B]`` bool; rows that are not keep their state.
+        window: of 16 + n_up rows, n_up a positive multiple of 16; ``lse`` is contiguous in its last
+            dimension. Batch rows that are not active keep their state.
+        segments: the store, its state ``[C, 17]`` E before the period, zero for keys born in it.
         softmax_scale: the factor attention used.
         ema_coeff: per token, in [0, 1].
 
@@ -253,32 +209,27 @@ def spectrogram(
 
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
-        >>> new = spectrogram(torch.zeros(1, 1, 32, 4), torch.zeros(1, 1, 32), torch.zeros(1, 4),
-        ...                   i32(0), torch.zeros(1, 17), i32(0, 1), i32(1), i32(0),
-        ...                   torch.tensor([True]), softmax_scale=0.5, ema_coeff=0.5 ** (1 / 16))
+        >>> q, lse, k = torch.zeros(1, 1, 32, 4), torch.zeros(1, 1, 32), torch.zeros(1, 4)
+        >>> store = Segments(k, k, i32(0), torch.zeros(1, 17), i32(0, 1), i32(1))
+        >>> window = Window(q, lse, i32(0), torch.tensor([True]))
+        >>> new = spectrogram(window, store, softmax_scale=0.5, ema_coeff=0.5 ** (1 / 16))
         >>> [round(x, 4) for x in new[0, :3].tolist()]
         [8.0, 4.0, 0.0]
     """
-    if q_window.dtype is _float64 or state.dtype is _float64:
+    q, lse, pos_q, active = window
+    k, _, pos, state, cu_seqlens_k, seqused_k = segments
+    if q.dtype is _float64 or state.dtype is _float64:
         return reference.spectrogram(
-            q_window, lse_window, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active,
-            softmax_scale=softmax_scale, ema_coeff=ema_coeff,
-        )  # fmt: skip
+            window, segments, softmax_scale=softmax_scale, ema_coeff=ema_coeff
+        )
     return _ops.spectrogram.default(
-        q_window, lse_window, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active,
-        softmax_scale, ema_coeff,
-    )  # fmt: skip
+        q, lse, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active, softmax_scale, ema_coeff
+    )
 
 
 def attention_received(
-    q_window: Tensor,
-    lse_window: Tensor,
-    k: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
-    pos_q: Tensor,
-    active: Tensor,
+    window: Window,
+    segments: Segments,
     *,
     softmax_scale: float,
     first_row: int,
@@ -288,14 +239,8 @@ def attention_received(
     The group mean of P, as in :func:`spectrogram`, summed over window rows from ``first_row`` on.
 
     Args:
-        q_window: ``[B, H * G, 16 + n_up, D]``.
-        lse_window: ``[B, H * G, 16 + n_up]`` float32.
-        k: ``[C, D]``.
-        pos: ``[C]`` int32.
-        cu_seqlens_k: ``[S + 1]`` int32.
-        seqused_k: ``[S]`` int32.
-        pos_q: ``[B]`` int32.
-        active: ``[B]`` bool.
+        window: as in :func:`spectrogram`.
+        segments: the store; the state does not matter.
         softmax_scale: the factor attention used.
         first_row: in ``[0, 16 + n_up]``; 16 leaves the previous period's queries out.
 
@@ -309,27 +254,25 @@ def attention_received(
 
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
-        >>> attention_received(torch.zeros(1, 1, 32, 4), torch.zeros(1, 1, 32), torch.zeros(1, 4),
-        ...                    i32(0), i32(0, 1), i32(1), i32(0), torch.tensor([True]),
-        ...                    softmax_scale=0.5, first_row=16)
+        >>> q, lse, k = torch.zeros(1, 1, 32, 4), torch.zeros(1, 1, 32), torch.zeros(1, 4)
+        >>> store = Segments(k, k, i32(0), torch.zeros(1, 0), i32(0, 1), i32(1))
+        >>> window = Window(q, lse, i32(0), torch.tensor([True]))
+        >>> attention_received(window, store, softmax_scale=0.5, first_row=16)
         tensor([16.])
     """
-    if q_window.dtype is _float64:
+    q, lse, pos_q, active = window
+    if q.dtype is _float64:
         return reference.attention_received(
-            q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q, active,
-            softmax_scale=softmax_scale, first_row=first_row,
-        )  # fmt: skip
+            window, segments, softmax_scale=softmax_scale, first_row=first_row
+        )
+    k, _, pos, _, cu_seqlens_k, seqused_k = segments
     return _ops.attention_received.default(
-        q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q, active,
-        softmax_scale, first_row,
-    )  # fmt: skip
+        q, lse, k, pos, cu_seqlens_k, seqused_k, pos_q, active, softmax_scale, first_row
+    )
 
 
 def bam_scores(
-    state: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     params: Tensor,
     param_index: Tensor,
     mean: Tensor,
@@ -346,10 +289,7 @@ def bam_scores(
     ``log(state + log_eps)`` and clamped to +-20.
 
     Args:
-        state: ``[C, 17]`` float32.
-        pos: ``[C]`` int32, increasing inside a segment.
-        cu_seqlens_k: ``[S + 1]`` int32.
-        seqused_k: ``[S]`` int32.
+        segments: the store with 17 numbers of state per token; the keys do not matter.
         params: ``[P, 4172]`` float32 bank of parameter vectors.
         param_index: ``[B]`` int32, the vector of each batch row.
         mean: ``[17]`` float32.
@@ -369,14 +309,16 @@ def bam_scores(
 
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
-        >>> bam_scores(torch.ones(2, 17), i32(0, 1), i32(0, 2), i32(2), torch.zeros(1, 4172),
-        ...            i32(0), torch.zeros(17), torch.ones(17), torch.tensor([True]),
-        ...            log_transform=False, log_eps=0.0)
+        >>> k = torch.zeros(2, 1)
+        >>> store = Segments(k, k, i32(0, 1), torch.ones(2, 17), i32(0, 2), i32(2))
+        >>> bam_scores(store, torch.zeros(1, 4172), i32(0), torch.zeros(17), torch.ones(17),
+        ...            torch.tensor([True]), log_transform=False, log_eps=0.0)
         tensor([0., 0.])
     """
+    _, _, pos, state, cu_seqlens_k, seqused_k = segments
     if state.dtype is _float64:
         return reference.bam_scores(
-            state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
+            segments, params, param_index, mean, var, active,
             log_transform=log_transform, log_eps=log_eps,
         )  # fmt: skip
     return _ops.bam_scores.default(
@@ -386,10 +328,7 @@ def bam_scores(
 
 
 def mlp_scores(
-    state: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     params: Tensor,
     param_index: Tensor,
     mean: Tensor,
@@ -409,10 +348,7 @@ def mlp_scores(
     the first and the last compute ``h + relu(h)``, as the original does.
 
     Args:
-        state: ``[C, 17]`` float32.
-        pos: ``[C]`` int32.
-        cu_seqlens_k: ``[S + 1]`` int32.
-        seqused_k: ``[S]`` int32.
+        segments: as in :func:`bam_scores`.
         params: ``[P, n]`` float32; per layer the weight ``[in][out]``, then the bias.
         param_index: ``[B]`` int32.
         mean: ``[17]`` float32.
@@ -436,15 +372,17 @@ def mlp_scores(
 
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
-        >>> mlp_scores(torch.ones(2, 17), i32(0, 1), i32(0, 2), i32(2), torch.zeros(1, 25),
-        ...            i32(0), torch.zeros(17), torch.ones(17), torch.tensor([True]),
-        ...            log_transform=False, log_eps=0.0, hidden=25, depth=1, bias=False,
-        ...            residual_first=False)
+        >>> k = torch.zeros(2, 1)
+        >>> store = Segments(k, k, i32(0, 1), torch.ones(2, 17), i32(0, 2), i32(2))
+        >>> mlp_scores(store, torch.zeros(1, 25), i32(0), torch.zeros(17), torch.ones(17),
+        ...            torch.tensor([True]), log_transform=False, log_eps=0.0, hidden=25, depth=1,
+        ...            bias=False, residual_first=False)
         tensor([0., 0.])
     """
+    _, _, pos, state, cu_seqlens_k, seqused_k = segments
     if state.dtype is _float64:
         return reference.mlp_scores(
-            state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
+            segments, params, param_index, mean, var, active,
             log_transform=log_transform, log_eps=log_eps, hidden=hidden, depth=depth, bias=bias,
             residual_first=residual_first,
         )  # fmt: skip
@@ -456,9 +394,7 @@ def mlp_scores(
 
 def select(
     scores: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     active: Tensor,
     *,
     threshold: float,
@@ -477,9 +413,7 @@ def select(
 
     Args:
         scores: ``[C]`` float32.
-        pos: ``[C]`` int32, not negative, increasing inside a segment.
-        cu_seqlens_k: ``[S + 1]`` int32.
-        seqused_k: ``[S]`` int32.
+        segments: the store; keys and state do not matter, positions are not negative.
         active: ``[B]`` bool; rows that are not keep everything.
         threshold: ``-inf`` for none.
         cache_size: -1 for none, else at least 1.
@@ -502,19 +436,22 @@ def select(
 
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> k = torch.zeros(3, 0)
+        >>> store = Segments(k, k, i32(0, 1, 2), k, i32(0, 3), i32(3))
         >>> keep, num_kept = select(
-        ...     torch.tensor([1.0, -1.0, -2.0]), i32(0, 1, 2), i32(0, 3), i32(3),
-        ...     torch.tensor([True]), threshold=0.0, cache_size=-1, budget="per_head", fill=False,
-        ...     protect_newest=True, sink_tokens=0, recent_tokens=0)
+        ...     torch.tensor([1.0, -1.0, -2.0]), store, torch.tensor([True]), threshold=0.0,
+        ...     cache_size=-1, budget="per_head", fill=False, protect_newest=True, sink_tokens=0,
+        ...     recent_tokens=0)
         >>> keep.tolist(), num_kept.tolist()
         ([1, 0, 1], [2])
     """
     if scores.dtype is _float64:
         return reference.select(
-            scores, pos, cu_seqlens_k, seqused_k, active,
+            scores, segments, active,
             threshold=threshold, cache_size=cache_size, budget=budget, fill=fill,
             protect_newest=protect_newest, sink_tokens=sink_tokens, recent_tokens=recent_tokens,
         )  # fmt: skip
+    _, _, pos, _, cu_seqlens_k, seqused_k = segments
     return _ops.select.default(
         scores, pos, cu_seqlens_k, seqused_k, active, threshold, cache_size, budget, fill,
         protect_newest, sink_tokens, recent_tokens,
@@ -522,36 +459,27 @@ def select(
 
 
 def compact(
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    state: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     keep: Tensor,
     num_kept: Tensor,
     cu_seqlens_new: Tensor,
     *,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Segments:
     """Copy the kept rows of every segment, in order, into a new store with its own slots.
 
     The result owns its memory, so dropping the old store really frees the evicted rows.
 
     Args:
-        k: ``[C, D]``.
-        v: ``[C, Dv]``.
-        pos: ``[C]`` int32.
-        state: ``[C, F]`` float32.
-        cu_seqlens_k: ``[S + 1]`` int32 of the old store.
-        seqused_k: ``[S]`` int32 of the old store.
+        segments: the old store.
         keep: ``[C]`` uint8, 1 for live rows that stay.
         num_kept: ``[S]`` int32, the number of ones among the live rows.
         cu_seqlens_new: ``[S + 1]`` int32 of the new store; slot s holds at least ``num_kept[s]``.
         capacity: rows of the new store, ``cu_seqlens_new[S]``.
 
     Returns:
-        ``k, v, pos, state`` with ``capacity`` rows; the new ``seqused_k`` is ``num_kept``.
+        The new store. Its ``cu_seqlens_k`` and ``seqused_k`` are ``cu_seqlens_new`` and
+        ``num_kept`` themselves.
 
     Raises:
         RuntimeError: if an argument differs from the above; on the CPU also if ``num_kept``
@@ -562,20 +490,19 @@ def compact(
     Example:
         >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
         >>> k = torch.tensor([[1.0], [2.0], [3.0]])
-        >>> new_k, _, new_pos, _ = compact(
-        ...     k, k, i32(0, 1, 2), torch.zeros(3, 0), i32(0, 3), i32(3),
-        ...     torch.tensor([1, 0, 1], dtype=torch.uint8), i32(2), i32(0, 2), capacity=2)
-        >>> new_k.flatten().tolist(), new_pos.tolist()
+        >>> store = Segments(k, k, i32(0, 1, 2), torch.zeros(3, 0), i32(0, 3), i32(3))
+        >>> keep = torch.tensor([1, 0, 1], dtype=torch.uint8)
+        >>> new = compact(store, keep, i32(2), i32(0, 2), capacity=2)
+        >>> new.k.flatten().tolist(), new.pos.tolist()
         ([1.0, 3.0], [0, 2])
     """
+    k, v, pos, state, cu_seqlens_k, seqused_k = segments
     if k.dtype is _float64 or state.dtype is _float64:
-        return reference.compact(
-            k, v, pos, state, cu_seqlens_k, seqused_k, keep, num_kept, cu_seqlens_new,
-            capacity=capacity,
-        )  # fmt: skip
-    return _ops.compact.default(
+        return reference.compact(segments, keep, num_kept, cu_seqlens_new, capacity=capacity)
+    tokens = _ops.compact.default(
         k, v, pos, state, cu_seqlens_k, seqused_k, keep, num_kept, cu_seqlens_new, capacity
     )
+    return Segments._make((*tokens, cu_seqlens_new, num_kept))
 
 
 # What torch.compile needs to know: shapes and dtypes of the results --------------------------
@@ -658,14 +585,5 @@ def _refuse_gradients(name: str) -> None:
     _autograd.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-for _name in (
-    "append_",
-    "attend_",
-    "spectrogram",
-    "attention_received",
-    "bam_scores",
-    "mlp_scores",
-    "select",
-    "compact",
-):
+for _name in libraries.ops:
     _refuse_gradients(_name)

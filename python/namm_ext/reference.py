@@ -3,10 +3,8 @@
 Readable before fast: one loop over segments, no tricks, any floating dtype up to float64. The
 upper half holds the pieces on dense tensors (spectrogram of explicit attention rows, EMA,
 normalisation, recency, scorers); the lower half the ragged ops with the names, argument order
-and mutation semantics of :mod:`namm_ext.ops`. ``cpp/include/namm_ext/params.h`` describes the
-layout: segment ``s = b * num_kv_heads + h`` owns rows ``[cu_seqlens_k[s], cu_seqlens_k[s + 1])``
-of which the first ``seqused_k[s]`` are live, oldest first. Dead rows are never read; in results
-they are zero.
+and mutation semantics of :mod:`namm_ext.ops`, on the values of :mod:`namm_ext.values`. Dead rows
+are never read; in results they are zero.
 
 Arithmetic runs in the dtype of the state or of the keys, at least float32. ``round_to`` (here
 only, not in the kernels) repeats the roundings of the original's bfloat16 attention.
@@ -16,11 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .values import Segments, Window
 
 N_FFT = 32
 HOP = 16
@@ -459,20 +458,8 @@ def rope_manual_inv_freq(
 # Ragged ops ---------------------------------------------------------------------------------------
 
 
-def _segments(cu_seqlens_k: Tensor, seqused_k: Tensor) -> Iterator[tuple[int, slice]]:
-    """Number and live rows of each segment."""
-    starts, used = cu_seqlens_k.tolist(), seqused_k.tolist()
-    for s, length in enumerate(used):
-        yield s, slice(starts[s], starts[s] + length)
-
-
 def append_(
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    state: Tensor,
-    seqused_k: Tensor,
-    cu_seqlens_k: Tensor,
+    segments: Segments,
     k_new: Tensor,
     v_new: Tensor,
     first: Tensor,
@@ -482,11 +469,10 @@ def append_(
     """Put new tokens behind the live rows of their segments, in place.
 
     Row b brings columns ``[first[b], first[b] + num_new[b])``; the i-th of them gets position
-    ``pos_first[b] + i`` and a zero state. Writes ``k, v, pos, state, seqused_k``.
+    ``pos_first[b] + i`` and a zero state.
 
     Args:
-        k: ``[C, D]``; v: ``[C, Dv]``; pos: ``[C]`` int32; state: ``[C, F]``.
-        seqused_k: ``[S]`` int32. cu_seqlens_k: ``[S + 1]`` int32.
+        segments: the store, written, all but ``cu_seqlens_k``.
         k_new: ``[B, H, L, D]``; v_new: ``[B, H, L, Dv]``.
         first, num_new, pos_first: ``[B]`` int32.
 
@@ -494,18 +480,18 @@ def append_(
         ValueError: if a slot has no room for its new rows.
     """
     num_heads = k_new.shape[1]
-    for s, live in _segments(cu_seqlens_k, seqused_k):
+    for s, live in enumerate(segments.slices()):
         b, h = divmod(s, num_heads)
         n, c = int(num_new[b]), int(first[b])
-        room = int(cu_seqlens_k[s + 1]) - live.stop
+        room = int(segments.cu_seqlens_k[s + 1]) - live.stop
         if n > room:
             raise ValueError(f"append_: segment {s} must have room for {n} rows, got {room}")
         new, columns = slice(live.stop, live.stop + n), slice(c, c + n)
-        k[new] = k_new[b, h, columns]
-        v[new] = v_new[b, h, columns]
-        pos[new] = pos_first[b] + torch.arange(n, dtype=pos.dtype, device=pos.device)
-        state[new] = 0
-        seqused_k[s] += n
+        segments.k[new] = k_new[b, h, columns]
+        segments.v[new] = v_new[b, h, columns]
+        segments.pos[new] = pos_first[b] + torch.arange(n, device=segments.pos.device)
+        segments.state[new] = 0
+        segments.seqused_k[s] += n
 
 
 def _logits(q: Tensor, k: Tensor, scale: float, round_to: torch.dtype | None) -> Tensor:
@@ -519,11 +505,7 @@ def attend_(
     out: Tensor,
     lse: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     first: Tensor,
     num_new: Tensor,
     pos_first: Tensor,
@@ -539,36 +521,33 @@ def attend_(
 
     Args:
         out: ``[B, L, H * G, Dv]``, written. lse: ``[B, H * G, L]`` natural log, written.
-        q: ``[B, H * G, L, D]`` after RoPE. k, v, pos, cu_seqlens_k, seqused_k: the store.
+        q: ``[B, H * G, L, D]`` after RoPE. segments: the store, new keys included.
         first, num_new, pos_first: ``[B]`` int32.
         softmax_scale: usually ``D ** -0.5``.
         round_to: round logits and probabilities as the original does in that dtype.
     """
     batch_size, num_heads = q.shape[0], q.shape[1]
-    num_kv_heads = seqused_k.numel() // batch_size
+    num_kv_heads = segments.seqused_k.numel() // batch_size
     groups = num_heads // num_kv_heads
-    for s, live in _segments(cu_seqlens_k, seqused_k):
+    for s, live in enumerate(segments.slices()):
         b, h = divmod(s, num_kv_heads)
         n, c = int(num_new[b]), int(first[b])
         heads, columns = slice(h * groups, (h + 1) * groups), slice(c, c + n)
-        logits = _logits(q[b, heads, columns], k[live], softmax_scale, round_to)  # [G, n, K]
+        keys, pos = segments.k[live], segments.pos[live]
+        logits = _logits(q[b, heads, columns], keys, softmax_scale, round_to)  # [G, n, K]
         query_pos = int(pos_first[b]) + torch.arange(n, device=pos.device)
-        visible = pos[live][None, :] <= query_pos[:, None]
+        visible = pos[None, :] <= query_pos[:, None]
         logits = logits.masked_fill(~visible, -torch.inf)
         row_lse = torch.logsumexp(logits, dim=-1)
         probs = torch.where(visible, torch.exp(logits - row_lse[..., None]), 0.0)
-        values = _round(probs, round_to) @ v[live].to(probs.dtype)
+        values = _round(probs, round_to) @ segments.v[live].to(probs.dtype)
         out[b, columns, heads] = values.transpose(0, 1).to(out.dtype)
         lse[b, heads, columns] = row_lse.to(lse.dtype)
 
 
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     first: Tensor,
     num_new: Tensor,
     pos_first: Tensor,
@@ -583,21 +562,18 @@ def attend(
         float64 as the compute dtype.
     """
     batch_size, num_heads, num_cols, _ = q.shape
-    out = q.new_zeros(batch_size, num_cols, num_heads, v.shape[-1])
+    out = q.new_zeros(batch_size, num_cols, num_heads, segments.v.shape[-1])
     lse = q.new_full((batch_size, num_heads, num_cols), -torch.inf, dtype=_compute_dtype(q))
     attend_(
-        out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first,
+        out, lse, q, segments, first, num_new, pos_first,
         softmax_scale=softmax_scale, round_to=round_to,
     )  # fmt: skip
     return out, lse
 
 
 def _window_attention(
-    q_window: Tensor,
-    lse_window: Tensor,
-    k: Tensor,
-    pos: Tensor,
-    pos_q: Tensor,
+    window: Window,
+    segments: Segments,
     s: int,
     live: slice,
     num_kv_heads: int,
@@ -609,26 +585,20 @@ def _window_attention(
     ``P[i, t] = exp(q_i . k_t * scale - lse_i)`` if ``pos[t] <= pos_q + i`` else exactly 0.
     """
     b, h = divmod(s, num_kv_heads)
-    groups = q_window.shape[1] // num_kv_heads
+    groups = window.q.shape[1] // num_kv_heads
     heads = slice(h * groups, (h + 1) * groups)
-    logits = _logits(q_window[b, heads], k[live], softmax_scale, round_to)
-    row_pos = int(pos_q[b]) + torch.arange(q_window.shape[2], device=pos.device)
-    visible = pos[live][None, :] <= row_pos[:, None]
-    log_probs = logits - lse_window[b, heads, :, None].to(logits.dtype)
+    pos = segments.pos[live]
+    logits = _logits(window.q[b, heads], segments.k[live], softmax_scale, round_to)
+    row_pos = int(window.pos_q[b]) + torch.arange(window.q.shape[2], device=pos.device)
+    visible = pos[None, :] <= row_pos[:, None]
+    log_probs = logits - window.lse[b, heads, :, None].to(logits.dtype)
     probs = torch.where(visible, torch.exp(log_probs), 0.0)
     return group_mean(_round(probs, round_to), groups, round_to).squeeze(0)
 
 
 def spectrogram(
-    q_window: Tensor,
-    lse_window: Tensor,
-    k: Tensor,
-    pos: Tensor,
-    state: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
-    pos_q: Tensor,
-    active: Tensor,
+    window: Window,
+    segments: Segments,
     *,
     softmax_scale: float,
     ema_coeff: float,
@@ -640,41 +610,30 @@ def spectrogram(
     of left context need no storage per token.
 
     Args:
-        q_window: ``[B, H * G, 16 + n_up, D]`` the last 16 queries of the previous period, then
-            this period's. lse_window: ``[B, H * G, 16 + n_up]``, finite.
-        k: ``[C, D]``; pos: ``[C]`` int32; state: ``[C, 17]``.
-        cu_seqlens_k: ``[S + 1]``; seqused_k: ``[S]``.
-        pos_q: ``[B]`` int32 position of window row 0, negative before the start of a sequence.
-        active: ``[B]`` bool; the state of inactive rows is copied.
+        window: of 16 + n_up rows. segments: the store, with 17 numbers of state per token; the
+            state of rows that are not active is copied.
         softmax_scale: as in attention. ema_coeff: per token.
         round_to: round logits, probabilities and group mean as the original's attention dtype.
 
     Returns:
         ``[C, 17]`` in the dtype of ``state``.
     """
-    num_kv_heads = seqused_k.numel() // q_window.shape[0]
+    state = segments.state
+    num_kv_heads = segments.seqused_k.numel() // window.q.shape[0]
     new_state = torch.zeros_like(state)
-    for s, live in _segments(cu_seqlens_k, seqused_k):
-        if not active[s // num_kv_heads]:
+    for s, live in enumerate(segments.slices()):
+        if not window.active[s // num_kv_heads]:
             new_state[live] = state[live]
             continue
-        attn = _window_attention(
-            q_window, lse_window, k, pos, pos_q, s, live, num_kv_heads, softmax_scale, round_to
-        )
+        attn = _window_attention(window, segments, s, live, num_kv_heads, softmax_scale, round_to)
         magnitudes = spectrogram_from_attention(attn[CARRY:], attn[:CARRY].T)
         new_state[live] = fold_ema(magnitudes, state[live], ema_coeff).to(state.dtype)
     return new_state
 
 
 def attention_received(
-    q_window: Tensor,
-    lse_window: Tensor,
-    k: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
-    pos_q: Tensor,
-    active: Tensor,
+    window: Window,
+    segments: Segments,
     *,
     softmax_scale: float,
     first_row: int,
@@ -682,8 +641,7 @@ def attention_received(
     """Attention each live token received: the group mean summed over rows ``first_row`` ....
 
     Args:
-        q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q, active, softmax_scale: as in
-            :func:`spectrogram`.
+        window, segments, softmax_scale: as in :func:`spectrogram`, with any state.
         first_row: first window row that counts, in ``[0, 16 + n_up]``; 16 skips the left context.
 
     Returns:
@@ -692,18 +650,17 @@ def attention_received(
     Raises:
         ValueError: if first_row lies outside the window.
     """
-    num_rows = q_window.shape[2]
+    num_rows = window.q.shape[2]
     if not 0 <= first_row <= num_rows:
         raise ValueError(
             f"attention_received: first_row must be in [0, {num_rows}], got {first_row}"
         )
-    num_kv_heads = seqused_k.numel() // q_window.shape[0]
-    received = torch.zeros(k.shape[0], dtype=_compute_dtype(k), device=k.device)
-    for s, live in _segments(cu_seqlens_k, seqused_k):
-        if active[s // num_kv_heads]:
-            attn = _window_attention(
-                q_window, lse_window, k, pos, pos_q, s, live, num_kv_heads, softmax_scale, None
-            )
+    k = segments.k
+    num_kv_heads = segments.seqused_k.numel() // window.q.shape[0]
+    received = torch.zeros(segments.capacity, dtype=_compute_dtype(k), device=k.device)
+    for s, live in enumerate(segments.slices()):
+        if window.active[s // num_kv_heads]:
+            attn = _window_attention(window, segments, s, live, num_kv_heads, softmax_scale, None)
             received[live] = attn[first_row:].sum(dim=0)
     return received
 
@@ -731,10 +688,7 @@ def _check_param_index(op: str, params: Tensor, param_index: Tensor) -> None:
 
 
 def bam_scores(
-    state: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     params: Tensor,
     param_index: Tensor,
     mean: Tensor,
@@ -747,7 +701,7 @@ def bam_scores(
     """One BAM score per live token (spec 4, 5, 6.1).
 
     Args:
-        state: ``[C, 17]``; pos: ``[C]``; cu_seqlens_k: ``[S + 1]``; seqused_k: ``[S]``.
+        segments: the store, with 17 numbers of state per token.
         params: ``[P, 4172]`` bank; row b uses vector ``param_index[b]``. param_index: ``[B]``.
         mean, var: ``[17]``. active: ``[B]`` bool.
         log_transform, log_eps: as in :func:`normalise`.
@@ -759,9 +713,10 @@ def bam_scores(
         ValueError: if param_index points outside the bank or params has another width.
     """
     _check_param_index("bam_scores", params, param_index)
-    num_kv_heads = seqused_k.numel() // param_index.numel()
-    scores = torch.zeros(state.shape[0], dtype=_compute_dtype(state), device=state.device)
-    for s, live in _segments(cu_seqlens_k, seqused_k):
+    state, pos = segments.state, segments.pos
+    num_kv_heads = segments.seqused_k.numel() // param_index.numel()
+    scores = torch.zeros(segments.capacity, dtype=_compute_dtype(state), device=state.device)
+    for s, live in enumerate(segments.slices()):
         b = s // num_kv_heads
         if active[b]:
             x = token_features(state[live], pos[live], mean, var, log_transform, log_eps)
@@ -770,10 +725,7 @@ def bam_scores(
 
 
 def mlp_scores(
-    state: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     params: Tensor,
     param_index: Tensor,
     mean: Tensor,
@@ -790,7 +742,7 @@ def mlp_scores(
     """One MLP score per live token (spec 4, 5, 6.2).
 
     Args:
-        state .. log_eps: as in :func:`bam_scores`.
+        segments .. log_eps: as in :func:`bam_scores`.
         params: ``[P, num_mlp_params(hidden, depth, bias)]``.
         hidden, depth, bias, residual_first: as in :func:`mlp`.
 
@@ -801,9 +753,10 @@ def mlp_scores(
         ValueError: if param_index points outside the bank or params has another width.
     """
     _check_param_index("mlp_scores", params, param_index)
-    num_kv_heads = seqused_k.numel() // param_index.numel()
-    scores = torch.zeros(state.shape[0], dtype=_compute_dtype(state), device=state.device)
-    for s, live in _segments(cu_seqlens_k, seqused_k):
+    state, pos = segments.state, segments.pos
+    num_kv_heads = segments.seqused_k.numel() // param_index.numel()
+    scores = torch.zeros(segments.capacity, dtype=_compute_dtype(state), device=state.device)
+    for s, live in enumerate(segments.slices()):
         b = s // num_kv_heads
         if active[b]:
             x = token_features(state[live], pos[live], mean, var, log_transform, log_eps)
@@ -826,9 +779,7 @@ def _keep_order(forced: Tensor, newest: Tensor, scores: Tensor, pos: Tensor) -> 
 
 def select(
     scores: Tensor,
-    pos: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     active: Tensor,
     *,
     threshold: float,
@@ -847,7 +798,7 @@ def select(
     descending, head ascending. ``fill`` is the released code's rule.
 
     Args:
-        scores: ``[C]``; pos: ``[C]``; cu_seqlens_k: ``[S + 1]``; seqused_k: ``[S]``.
+        scores: ``[C]``; segments: the store, of which the keys do not matter here.
         active: ``[B]`` bool; inactive rows keep everything.
         threshold: ``-inf`` for none. -0 counts as 0.
         cache_size: -1 for none.
@@ -865,9 +816,10 @@ def select(
         ValueError: for an unknown budget, or ``fill`` with "per_layer".
 
     Example:
-        >>> cu, used = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3])
+        >>> k = torch.zeros(3, 0)
+        >>> store = Segments(k, k, torch.arange(3), k, torch.tensor([0, 3]), torch.tensor([3]))
         >>> keep, num_kept = select(
-        ...     torch.tensor([1.0, -1.0, -2.0]), torch.arange(3), cu, used, torch.tensor([True]),
+        ...     torch.tensor([1.0, -1.0, -2.0]), store, torch.tensor([True]),
         ...     threshold=0.0, cache_size=-1, budget="per_head", fill=False,
         ...     protect_newest=True, sink_tokens=0, recent_tokens=0)
         >>> keep.tolist(), num_kept.tolist()
@@ -877,23 +829,25 @@ def select(
         raise ValueError(f"select: budget must be 'per_head' or 'per_layer', got {budget!r}")
     if fill and budget == "per_layer":
         raise ValueError("select: fill must be False with budget 'per_layer', got True")
-    num_kv_heads = seqused_k.numel() // active.numel()
+    pos = segments.pos
+    num_segments = segments.seqused_k.numel()
+    num_kv_heads = num_segments // active.numel()
     keep = torch.zeros(scores.shape[0], dtype=torch.uint8, device=scores.device)
-    num_kept = torch.zeros(seqused_k.numel(), dtype=torch.int32, device=scores.device)
-    all_segments = list(_segments(cu_seqlens_k, seqused_k))
+    num_kept = torch.zeros(num_segments, dtype=torch.int32, device=scores.device)
+    all_rows = list(enumerate(segments.slices()))
     for b, is_active in enumerate(active.tolist()):
-        segments = all_segments[b * num_kv_heads : (b + 1) * num_kv_heads]
+        heads = all_rows[b * num_kv_heads : (b + 1) * num_kv_heads]
         if not is_active:
-            for s, live in segments:
+            for s, live in heads:
                 keep[live] = 1
                 num_kept[s] = live.stop - live.start
             continue
-        poisoned = [s for s, live in segments if bool(scores[live].isnan().any())]
-        segments = [(s, live) for s, live in segments if s not in poisoned]
+        poisoned = [s for s, live in heads if bool(scores[live].isnan().any())]
+        heads = [(s, live) for s, live in heads if s not in poisoned]
         num_kept[poisoned] = -1
 
         orders, counts, newest_rows, forced_rows = [], [], [], []
-        for _, live in segments:
+        for _, live in heads:
             p = pos[live]
             newest = torch.zeros_like(p, dtype=torch.bool)
             newest[-1:] = protect_newest
@@ -903,10 +857,8 @@ def select(
             orders.append(_keep_order(forced, newest, scores[live], p))
             counts.append(int((forced | (scores[live] >= threshold)).sum()))
 
-        if budget == "per_layer" and cache_size >= 0 and segments:
-            rows = torch.cat(
-                [torch.arange(c.start, c.stop, device=pos.device) for _, c in segments]
-            )
+        if budget == "per_layer" and cache_size >= 0 and heads:
+            rows = torch.cat([torch.arange(c.start, c.stop, device=pos.device) for _, c in heads])
             forced, newest = torch.cat(forced_rows), torch.cat(newest_rows)
             candidate = forced | (scores[rows] >= threshold)
             order = _keep_order(forced, newest, scores[rows], pos[rows])
@@ -918,44 +870,38 @@ def select(
             if fill:
                 counts = [max(counts)] * len(counts)
             # Candidates lead the order, because forced rows and scores >= threshold sort first.
-            for (_, live), order, n in zip(segments, orders, counts, strict=True):
+            for (_, live), order, n in zip(heads, orders, counts, strict=True):
                 keep[live.start + order[:n]] = 1
-        for s, live in segments:
+        for s, live in heads:
             num_kept[s] = int(keep[live].sum())
     return keep, num_kept
 
 
 def compact(
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    state: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor,
+    segments: Segments,
     keep: Tensor,
     num_kept: Tensor,
     cu_seqlens_new: Tensor,
     *,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Segments:
     """Copy the kept rows of every segment, in order, into a new store with its own slots.
 
     Args:
-        k: ``[C, D]``; v: ``[C, Dv]``; pos: ``[C]``; state: ``[C, F]``.
-        cu_seqlens_k: ``[S + 1]``; seqused_k: ``[S]`` of the old store.
+        segments: the old store.
         keep: ``[C]`` uint8; num_kept: ``[S]``, the number of ones among the live rows.
         cu_seqlens_new: ``[S + 1]`` slots of the new store, each at least num_kept long.
         capacity: rows of the new store, ``cu_seqlens_new[S]``.
 
     Returns:
-        ``k, v, pos, state`` of ``capacity`` rows.
+        The new store, with ``cu_seqlens_new`` and ``num_kept`` as its layout.
 
     Raises:
         ValueError: if num_kept disagrees with keep or a slot is too short.
     """
-    new = tuple(x.new_zeros(capacity, *x.shape[1:]) for x in (k, v, pos, state))
+    new = tuple(x.new_zeros(capacity, *x.shape[1:]) for x in segments.tokens)
     starts = cu_seqlens_new.tolist()
-    for s, live in _segments(cu_seqlens_k, seqused_k):
+    for s, live in enumerate(segments.slices()):
         rows = live.start + torch.nonzero(keep[live]).squeeze(-1)
         n = rows.numel()
         if n != int(num_kept[s]):
@@ -964,6 +910,6 @@ def compact(
             raise ValueError(
                 f"compact: slot {s} must hold {n} rows, got {starts[s + 1] - starts[s]}"
             )
-        for target, source in zip(new, (k, v, pos, state), strict=True):
+        for target, source in zip(new, segments.tokens, strict=True):
             target[starts[s] : starts[s] + n] = source[rows]
-    return new[0], new[1], new[2], new[3]
+    return Segments._make((*new, cu_seqlens_new, num_kept))

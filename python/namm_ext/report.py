@@ -43,10 +43,11 @@ class LayerReport:
     def of(cls, kv: RaggedKV, layer: int, padded: int) -> LayerReport:
         """Measure a store that has taken in ``padded`` columns."""
         h = kv.num_kv_heads
-        store = kv.store
-        lengths = kv.lengths
+        store, lengths = kv.store.segments, kv.lengths
         row_bytes = (store.k.shape[1] + store.v.shape[1]) * store.k.element_size()
-        kept = [n if kv.seen[s // h] >= kv.n_up else lengths[s] for s, n in enumerate(store.kept)]
+        kept = [
+            n if kv.seen[s // h] >= kv.n_up else lengths[s] for s, n in enumerate(kv.store.kept)
+        ]
         memory_tensors = (
             store.pos, store.state, store.cu_seqlens_k, store.seqused_k,
             kv.q_window, kv.lse_window,

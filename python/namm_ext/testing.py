@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
 from ._library import libraries
+from .values import Segments, Window
 
 #: What dead positions hold: below every real position, so that a reader would count them as seen.
 POISON_POS = -(2**31)
@@ -104,64 +103,9 @@ def assert_no_worse_than(
     )
 
 
-@dataclass
-class Store:
-    """A ragged, poisoned store and the sizes it was made with."""
-
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    state: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
-    batch_size: int
-    num_kv_heads: int
-
-    @property
-    def live(self) -> Tensor:
-        """``[C]`` bool: rows that hold a token."""
-        return live_rows(self.cu_seqlens_k, self.seqused_k, self.k.shape[0])
-
-    def double(self) -> Store:
-        """The same numbers in float64."""
-        k, v, state = self.k.double(), self.v.double(), self.state.double()
-        cu, used = self.cu_seqlens_k.clone(), self.seqused_k.clone()
-        return Store(k, v, self.pos.clone(), state, cu, used, self.batch_size, self.num_kv_heads)
-
-    def clone(self) -> Store:
-        """A copy that shares no memory."""
-        tensors = (self.k, self.v, self.pos, self.state, self.cu_seqlens_k, self.seqused_k)
-        k, v, pos, state, cu, used = (t.clone() for t in tensors)
-        return Store(k, v, pos, state, cu, used, self.batch_size, self.num_kv_heads)
-
-    def newest(self) -> Tensor:
-        """``[B]`` int32: largest position of each batch row, -1 if it has none."""
-        out = []
-        starts, used = self.cu_seqlens_k.tolist(), self.seqused_k.tolist()
-        for b in range(self.batch_size):
-            segments = range(b * self.num_kv_heads, (b + 1) * self.num_kv_heads)
-            last = [int(self.pos[starts[s] + used[s] - 1]) for s in segments if used[s]]
-            out.append(max(last, default=-1))
-        return torch.tensor(out, dtype=torch.int32, device=self.k.device)
-
-
-def live_rows(cu_seqlens_k: Tensor, seqused_k: Tensor, capacity: int) -> Tensor:
-    """``[capacity]`` bool: rows that hold a token.
-
-    Example:
-        >>> live_rows(torch.tensor([0, 3]), torch.tensor([2]), 3)
-        tensor([ True,  True, False])
-    """
-    live = torch.zeros(capacity, dtype=torch.bool, device=cu_seqlens_k.device)
-    for start, used in zip(cu_seqlens_k.tolist(), seqused_k.tolist(), strict=False):
-        live[start : start + used] = True
-    return live
-
-
 def ragged_store(
     lengths: Sequence[int] | str = "ragged",
     *,
-    num_kv_heads: int = 2,
     head_dim: int = 24,
     head_dim_v: int | None = None,
     num_state: int = reference.NUM_BINS,
@@ -169,12 +113,11 @@ def ragged_store(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
-) -> Store:
+) -> Segments:
     """A store with gaps between positions, as evictions leave them, and NaN in every free row.
 
     Args:
         lengths: live rows per segment, or a key of :data:`LENGTHS`.
-        num_kv_heads: H; the number of segments is a multiple of it.
         head_dim: D. head_dim_v: Dv, D if None.
         num_state: F.
         room: free rows behind the live ones, one number or one per segment.
@@ -183,7 +126,7 @@ def ragged_store(
         seed: of the generator; the same on every device.
 
     Example:
-        >>> store = ragged_store([2, 0], num_kv_heads=1, room=1)
+        >>> store = ragged_store([2, 0], room=1)
         >>> store.live.tolist(), store.cu_seqlens_k.tolist()
         ([True, True, False, False], [0, 3, 4])
     """
@@ -210,17 +153,18 @@ def ragged_store(
     cu = torch.tensor(starts, dtype=torch.int32)
     used = torch.tensor(lengths, dtype=torch.int32)
     tensors = (k.to(dtype), v.to(dtype), pos.to(torch.int32), state, cu, used)
-    k, v, pos, state, cu, used = (t.to(device) for t in tensors)
-    return Store(
-        k,
-        v,
-        pos,
-        state,
-        cu,
-        used,
-        batch_size=len(lengths) // num_kv_heads,
-        num_kv_heads=num_kv_heads,
-    )
+    return Segments(*(t.to(device) for t in tensors))
+
+
+def newest_of_rows(store: Segments, batch_size: int) -> Tensor:
+    """``[B]`` int32: largest position of each batch row, -1 if it has none.
+
+    Example:
+        >>> newest_of_rows(ragged_store("some_empty"), 2).tolist()[0] > 0
+        True
+    """
+    newest = torch.where(store.seqused_k > 0, store.newest(), -1)
+    return newest.view(batch_size, -1).amax(1).int()
 
 
 def strided_randn(*shape: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
@@ -238,7 +182,7 @@ def strided_randn(*shape: int, dtype: torch.dtype, device: str, seed: int) -> Te
 
 
 def new_tokens(
-    store: Store, num_new: Sequence[int], *, num_groups: int = 1, num_cols: int, seed: int = 1
+    store: Segments, num_new: Sequence[int], *, num_groups: int = 1, num_cols: int, seed: int = 1
 ) -> dict[str, Tensor]:
     """Arguments of ``append_`` and ``attend_`` that bring new tokens: right-aligned, strided.
 
@@ -253,14 +197,15 @@ def new_tokens(
         ``k_new, v_new, q, first, num_new, pos_first``.
     """
     dtype, device = store.k.dtype, str(store.k.device)
-    heads = store.num_kv_heads
-    shape = (store.batch_size, heads, num_cols)
+    batch_size = len(num_new)
+    heads = store.seqused_k.numel() // batch_size
+    shape = (batch_size, heads, num_cols)
     first = [num_cols - n for n in num_new]
     out = {
         "k_new": strided_randn(*shape, store.k.shape[1], dtype=dtype, device=device, seed=seed),
         "v_new": strided_randn(*shape, store.v.shape[1], dtype=dtype, device=device, seed=seed + 1),
         "q": strided_randn(
-            store.batch_size,
+            batch_size,
             heads * num_groups,
             num_cols,
             store.k.shape[1],
@@ -274,45 +219,63 @@ def new_tokens(
             tensor[b, :, :padding] = math.nan
     out["first"] = torch.tensor(first, dtype=torch.int32, device=device)
     out["num_new"] = torch.tensor(list(num_new), dtype=torch.int32, device=device)
-    out["pos_first"] = store.newest() + 1
+    out["pos_first"] = newest_of_rows(store, batch_size) + 1
     return out
 
 
 def window(
-    store: Store, *, n_up: int = 32, num_groups: int = 2, scale: float, seed: int = 2
-) -> dict[str, Any]:
-    """Window arguments of ``spectrogram`` and ``attention_received`` that belong to the store.
+    store: Segments,
+    *,
+    n_up: int = 32,
+    num_kv_heads: int = 2,
+    num_groups: int = 2,
+    scale: float,
+    active: Sequence[bool] | None = None,
+    seed: int = 2,
+) -> Window:
+    """A window that belongs to the store.
 
     The last window row stands at the newest token of each batch row. The log-sum-exps are those of
     attention over the visible live keys, so that probabilities are probabilities; rows that see
     nothing, or stand before the start, have ``lse = 0``, as in a real window.
 
-    Returns:
-        ``q_window, lse_window, pos_q``.
+    Args:
+        store: where the keys are.
+        n_up: rows of the period.
+        num_kv_heads: H.
+        num_groups: G.
+        scale: ``softmax_scale`` of the log-sum-exps.
+        active: batch rows that are, all by default.
+        seed: of the generator.
+
+    Example:
+        >>> window(ragged_store(), scale=0.2).q.shape
+        torch.Size([2, 4, 48, 24])
     """
     dtype, device = store.k.dtype, str(store.k.device)
+    batch_size = store.seqused_k.numel() // num_kv_heads
     num_rows = reference.CARRY + n_up
-    heads = store.num_kv_heads * num_groups
+    heads = num_kv_heads * num_groups
     q = strided_randn(
-        store.batch_size, heads, num_rows, store.k.shape[1], dtype=dtype, device=device, seed=seed
+        batch_size, heads, num_rows, store.k.shape[1], dtype=dtype, device=device, seed=seed
     )
-    pos_q = store.newest() + 1 - num_rows
-    wide = torch.full((store.batch_size, heads, num_rows + 3), math.nan, device=device)
+    pos_q = newest_of_rows(store, batch_size) + 1 - num_rows
+    wide = torch.full((batch_size, heads, num_rows + 3), math.nan, device=device)
     lse = wide[..., :num_rows]
     lse[...] = 0
-    starts, used = store.cu_seqlens_k.tolist(), store.seqused_k.tolist()
-    for b in range(store.batch_size):
+    slices = store.slices()
+    for b in range(batch_size):
         before = max(0, -int(pos_q[b]))
         q[b, :, :before] = 0
         for head in range(heads):
-            s = b * store.num_kv_heads + head // num_groups
-            rows = slice(starts[s], starts[s] + used[s])
+            rows = slices[b * num_kv_heads + head // num_groups]
             logits = q[b, head].double() @ store.k[rows].double().T * scale
             query_pos = int(pos_q[b]) + torch.arange(num_rows, device=device)
             logits = logits.masked_fill(store.pos[rows] > query_pos[:, None], -math.inf)
             row_lse = torch.logsumexp(logits, dim=-1)
             lse[b, head] = torch.where(row_lse.isfinite(), row_lse, 0.0).float()
-    return {"q_window": q, "lse_window": lse, "pos_q": pos_q}
+    flags = [True] * batch_size if active is None else list(active)
+    return Window(q, lse, pos_q, torch.tensor(flags, device=device))
 
 
 def bank(num_candidates: int, num_params: int, *, device: str = "cpu", seed: int = 3) -> Tensor:

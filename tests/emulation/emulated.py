@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
 import mmap
 import os
 import re
@@ -21,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -34,19 +34,15 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDERS = [(0, 0), (1, 1), (17, 23)]
 
 
-def _load_reference() -> ModuleType:
-    """``namm_ext.reference`` from its file: these tests need no built package."""
-    path = ROOT / "python/namm_ext/reference.py"
-    spec = importlib.util.spec_from_file_location("namm_reference", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def _import_law() -> tuple[ModuleType, ModuleType]:
+    """``namm_ext.reference`` and ``values`` from their files: no built package is needed."""
+    package = ModuleType("namm_law")
+    package.__path__ = [str(ROOT / "python/namm_ext")]
+    sys.modules[package.__name__] = package
+    return import_module("namm_law.reference"), import_module("namm_law.values")
 
 
-reference = _load_reference()
+reference, values = _import_law()
 
 P, I32, I64, F32, F64, BOOL = (
     ctypes.c_void_p,
@@ -248,11 +244,10 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def segments(cu_seqlens_k: Tensor, seqused_k: Tensor, batch_size: int) -> ctypes.Structure:
+def segments(store: values.Segments, batch_size: int) -> ctypes.Structure:
     """The ``Segments`` struct; the tensors must stay alive."""
-    return Segments(
-        pointer(cu_seqlens_k), pointer(seqused_k), batch_size, seqused_k.numel() // batch_size
-    )
+    cu, used = store.cu_seqlens_k, store.seqused_k
+    return Segments(pointer(cu), pointer(used), batch_size, used.numel() // batch_size)
 
 
 def launch(

@@ -2,39 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
-
-
-@dataclass
-class Store:
-    """One layer; the fields are named as in ``params.h``."""
-
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    state: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
-    batch_size: int
-
-    @property
-    def capacity(self) -> int:
-        """Rows of the store."""
-        return self.k.shape[0]
-
-    def clone(self) -> Store:
-        """A copy that shares nothing."""
-        tensors = (self.k, self.v, self.pos, self.state, self.cu_seqlens_k, self.seqused_k)
-        return Store(*(t.clone() for t in tensors), self.batch_size)
-
-    def live_rows(self) -> Tensor:
-        """Numbers of the live rows."""
-        cu, used = self.cu_seqlens_k.tolist(), self.seqused_k.tolist()
-        rows = [torch.arange(c, c + n) for c, n in zip(cu, used, strict=False)]
-        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+from emulated import values
 
 
 def make_store(
@@ -46,7 +15,7 @@ def make_store(
     room: int = 5,
     num_tail: int = 0,
     seed: int = 0,
-) -> Store:
+) -> values.Segments:
     """A store whose segment (b, h) has ``lengths[b][h]`` live rows.
 
     Positions have gaps, except the last ``num_tail``, which are consecutive and end at the same
@@ -71,4 +40,4 @@ def make_store(
         tail = min(num_tail, length)
         old = torch.randperm(seen - num_tail, generator=gen)[: length - tail].sort().values
         pos[live] = torch.cat([old, torch.arange(seen - tail, seen)]).to(torch.int32)
-    return Store(k, v, pos, state, cu, used, len(lengths))
+    return values.Segments(k, v, pos, state, cu, used)

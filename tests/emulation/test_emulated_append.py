@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import emulated
 import pytest
 import torch
-from emulated import reference
-from store import Store, make_store
+from emulated import reference, values
+from store import make_store
 from torch import Tensor
 
 
@@ -23,16 +23,19 @@ class New:
     pos_first: Tensor
 
 
-def make_new(store: Store, num_new: list[int], first: list[int], num_cols: int, stride: int) -> New:
+def make_new(
+    store: values.Segments, num_new: list[int], first: list[int], num_cols: int, stride: int
+) -> New:
     gen = torch.Generator().manual_seed(1)
-    heads = store.seqused_k.numel() // store.batch_size
+    batch_size = len(num_new)
+    heads = store.seqused_k.numel() // batch_size
 
     def columns(dim: int) -> Tensor:
         wide = torch.randn(
-            store.batch_size, num_cols, heads, dim + stride, generator=gen, dtype=torch.float32
+            batch_size, num_cols, heads, dim + stride, generator=gen, dtype=torch.float32
         )
         view = wide.to(store.k.dtype)[..., :dim].transpose(1, 2)
-        for b in range(store.batch_size):
+        for b in range(batch_size):
             view[b, :, : first[b]] = float("nan")
             view[b, :, first[b] + num_new[b] :] = float("nan")
         return view if stride else view.contiguous()
@@ -43,13 +46,12 @@ def make_new(store: Store, num_new: list[int], first: list[int], num_cols: int, 
         columns(store.v.shape[1]),
         torch.tensor(first, **int32),
         torch.tensor(num_new, **int32),
-        torch.tensor([100 * (b + 1) for b in range(store.batch_size)], **int32),
+        torch.tensor([100 * (b + 1) for b in range(batch_size)], **int32),
     )
 
 
-def run(store: Store, new: New, order: tuple[int, int] = (0, 0)) -> Store:
-    tensors = (store.k, store.v, store.pos, store.state, store.cu_seqlens_k, store.seqused_k)
-    got = Store(*(emulated.guarded(t) for t in tensors), store.batch_size)
+def run(store: values.Segments, new: New, order: tuple[int, int] = (0, 0)) -> values.Segments:
+    got = store._make(emulated.guarded(t) for t in store)
     k_new, first = new.k, emulated.guarded(new.first)
     num_new, pos_first = emulated.guarded(new.num_new), emulated.guarded(new.pos_first)
     ptr = emulated.pointer
@@ -57,7 +59,7 @@ def run(store: Store, new: New, order: tuple[int, int] = (0, 0)) -> Store:
         ptr(got.k), ptr(got.v), ptr(got.pos), ptr(got.state), ptr(got.seqused_k),
         ptr(got.cu_seqlens_k), ptr(k_new), ptr(new.v), ptr(first), ptr(num_new), ptr(pos_first),
         k_new.stride()[:3], new.v.stride()[:3],
-        store.batch_size, got.seqused_k.numel() // store.batch_size,
+        first.numel(), got.seqused_k.numel() // first.numel(),
         store.k.shape[1], store.v.shape[1], store.state.shape[1], k_new.shape[2],
         emulated.DTYPES[store.k.dtype],
     )  # fmt: skip
@@ -92,10 +94,7 @@ def test_append(case, head_dim, head_dim_v, dtype, stride, num_state, order):
     )
     new = make_new(store, num_new, first, num_cols, stride)
     want = store.clone()
-    reference.append_(
-        want.k, want.v, want.pos, want.state, want.seqused_k, want.cu_seqlens_k,
-        new.k, new.v, new.first, new.num_new, new.pos_first,
-    )  # fmt: skip
+    reference.append_(want, new.k, new.v, new.first, new.num_new, new.pos_first)
     got = run(store, new, order)
     assert torch.equal(got.seqused_k, want.seqused_k)
     for name in ("k", "v", "pos", "state"):  # dead rows too: NaN stays NaN, nothing else is written
@@ -110,7 +109,7 @@ def test_writes_stay_inside_their_slot():
     got = run(store, new)
     assert got.seqused_k.tolist() == [5, 7]  # room 2 and 3
     assert torch.equal(got.cu_seqlens_k, store.cu_seqlens_k)
-    rows = got.live_rows()
+    rows = got.live_rows()[0]
     assert rows.numel() == store.capacity
     assert not got.k[rows].isnan().any()
     assert torch.equal(got.k[3:5], new.k[0, 0, :2])

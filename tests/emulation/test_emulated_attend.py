@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import emulated
 import pytest
 import torch
-from emulated import reference
-from store import Store, make_store
+from emulated import reference, values
+from store import make_store
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ class Queries:
 
 
 def make_queries(
-    store: Store,
+    store: values.Segments,
     num_groups: int,
     num_new: list[int],
     first: list[int],
@@ -34,17 +34,18 @@ def make_queries(
 ) -> Queries:
     """Queries of the newest tokens, unless ``pos_first`` says otherwise."""
     gen = torch.Generator().manual_seed(2)
-    heads = store.seqused_k.numel() // store.batch_size
+    batch_size = len(num_new)
+    heads = store.seqused_k.numel() // batch_size
     dim = store.k.shape[1]
-    q = torch.randn(store.batch_size, num_cols, heads * num_groups, dim + 8, generator=gen) * 1.5
+    q = torch.randn(batch_size, num_cols, heads * num_groups, dim + 8, generator=gen) * 1.5
     q = q.to(store.k.dtype)[..., :dim].transpose(1, 2)
     if not strided:
         q = q.contiguous()
-    for b in range(store.batch_size):
+    for b in range(batch_size):
         q[b, :, : first[b]] = float("nan")
         q[b, :, first[b] + num_new[b] :] = float("nan")
     if pos_first is None:
-        live = store.pos[store.live_rows()]
+        live = store.pos[store.live_rows()[0]]
         pos_first = [int(live.max()) + 1 - n if live.numel() else 0 for n in num_new]
     int32 = {"dtype": torch.int32}
     return Queries(
@@ -57,17 +58,14 @@ def make_queries(
 
 
 def run(
-    store: Store,
+    store: values.Segments,
     new: Queries,
     order: tuple[int, int] = (0, 0),
     simt: bool = False,
     launch_capacity: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    inputs = [
-        emulated.guarded(t)
-        for t in (store.cu_seqlens_k, store.seqused_k, store.k, store.v, store.pos,
-                  new.first, new.num_new, new.pos_first)
-    ]  # fmt: skip
+    held = store._make(emulated.guarded(t) for t in store)
+    columns = [emulated.guarded(t) for t in (new.first, new.num_new, new.pos_first)]
     batch_size, num_heads, num_cols, dim = new.q.shape
     dim_v = store.v.shape[1]
     out = torch.full((batch_size, num_cols, num_heads, dim_v), 7.0, dtype=store.k.dtype)
@@ -76,8 +74,9 @@ def run(
     ptr = emulated.pointer
     q = new.q if not new.q.is_contiguous() else emulated.guarded(new.q)
     params = emulated.AttendParams(
-        emulated.segments(inputs[0], inputs[1], batch_size),
-        ptr(q), *(ptr(t) for t in inputs[2:]), ptr(out), ptr(lse),
+        emulated.segments(held, batch_size),
+        ptr(q), ptr(held.k), ptr(held.v), ptr(held.pos), *(ptr(t) for t in columns),
+        ptr(out), ptr(lse),
         q.stride()[:3], out.stride()[:3], lse.stride(),
         num_heads * batch_size // store.seqused_k.numel(), dim, dim_v, num_cols,
         new.scale, emulated.DTYPES[q.dtype],
@@ -86,12 +85,11 @@ def run(
     return out, lse
 
 
-def check(store: Store, new: Queries, **kwargs) -> tuple[Tensor, Tensor]:
+def check(store: values.Segments, new: Queries, **kwargs) -> tuple[Tensor, Tensor]:
     def law(dtype: torch.dtype, round_to: torch.dtype | None) -> tuple[Tensor, Tensor]:
         return reference.attend(
-            new.q.to(dtype), store.k.to(dtype), store.v.to(dtype), store.pos, store.cu_seqlens_k,
-            store.seqused_k, new.first, new.num_new, new.pos_first, softmax_scale=new.scale,
-            round_to=round_to,
+            new.q.to(dtype), store._replace(k=store.k.to(dtype), v=store.v.to(dtype)),
+            new.first, new.num_new, new.pos_first, softmax_scale=new.scale, round_to=round_to,
         )  # fmt: skip
 
     exact, exact_lse = law(torch.float64, None)
@@ -196,7 +194,7 @@ def test_queries_in_the_middle_of_a_segment(num_cols, simt):
 @pytest.mark.parametrize("num_cols", [1, 70], ids=["decode", "prefill"])
 def test_queries_that_see_nothing(num_cols, simt):
     store = make_store([[10, 0]], 64, dtype=BF16)
-    store.pos += 1000
+    store.pos.add_(1000)
     _, lse = check(store, make_queries(store, 1, [num_cols], [0], num_cols, [1]), simt=simt)
     assert bool((lse == -torch.inf).all())
 
@@ -207,13 +205,8 @@ def test_batch_does_not_change_a_row(num_cols):
     store = make_store(lengths, 64, dtype=BF16, num_tail=num_cols)
     new = make_queries(store, 2, [num_cols] * 2, [0, 0], num_cols)
     out, lse = run(store, new, (17, 23))
-    cu = store.cu_seqlens_k
     for b in range(2):
-        rows = slice(int(cu[2 * b]), int(cu[2 * b + 2]))
-        alone = Store(
-            store.k[rows], store.v[rows], store.pos[rows], store.state[rows],
-            cu[2 * b : 2 * b + 3] - cu[2 * b], store.seqused_k[2 * b : 2 * b + 2], 1,
-        )  # fmt: skip
+        alone = store.part(2 * b, 2 * b + 2)
         mine = Queries(new.q[b : b + 1], new.first[:1], new.num_new[:1],
                        new.pos_first[b : b + 1], new.scale)  # fmt: skip
         got, got_lse = run(alone, mine)
@@ -225,7 +218,7 @@ def test_large_logits_and_negative_scale():
     store = make_store([[270, 60]], 64, dtype=FP16, num_tail=1)
     new = make_queries(store, 4, [1], [0], 1)
     new.scale = -3.0
-    store.k *= 4
+    store.k.mul_(4)
     check(store, new)
 
 

@@ -5,45 +5,41 @@ from __future__ import annotations
 import emulated
 import pytest
 import torch
-from emulated import reference
-from store import Store, make_store
+from emulated import reference, values
+from store import make_store
 from torch import Tensor
 
 
 def run(
-    store: Store,
+    store: values.Segments,
     keep: Tensor,
     num_kept: Tensor,
     cu_new: Tensor,
     capacity: int,
     order: tuple[int, int] = (0, 0),
     launch_capacity: int | None = None,
-) -> list[Tensor]:
-    inputs = [
-        emulated.guarded(t)
-        for t in (store.cu_seqlens_k, store.seqused_k, cu_new, keep, num_kept,
-                  store.k, store.v, store.pos, store.state)
-    ]  # fmt: skip
+) -> values.Segments:
+    held = store._make(emulated.guarded(t) for t in store)
+    inputs = [emulated.guarded(t) for t in (cu_new, keep, num_kept)]
     outputs = []
-    for source in inputs[5:]:
+    for source in store.tokens:
         fill = float("nan") if source.is_floating_point() else -7
         outputs.append(emulated.guarded(source.new_full((capacity, *source.shape[1:]), fill)))
     ptr = emulated.pointer
     params = emulated.CompactParams(
-        emulated.segments(inputs[0], inputs[1], 1),
-        *(ptr(t) for t in inputs[2:]),
-        *(ptr(t) for t in outputs),
+        emulated.segments(held, 1),
+        *(ptr(t) for t in (*inputs, *held.tokens, *outputs)),
         store.k.shape[1] * store.k.element_size(),
         store.v.shape[1] * store.v.element_size(),
         store.state.shape[1],
     )
     emulated.launch("compact", params, launch_capacity or store.capacity, order=order)
-    return outputs
+    return store._make((*outputs, cu_new, num_kept))
 
 
-def make_keep(store: Store, kept: str) -> Tensor:
+def make_keep(store: values.Segments, kept: str) -> Tensor:
     keep = torch.full((store.capacity,), 255, dtype=torch.uint8)  # dead rows must not count
-    rows = store.live_rows()
+    rows = store.live_rows()[0]
     gen = torch.Generator().manual_seed(5)
     keep[rows] = {
         "none": lambda: torch.zeros(rows.numel()),
@@ -54,23 +50,17 @@ def make_keep(store: Store, kept: str) -> Tensor:
     return keep
 
 
-def check(store: Store, kept: str, order: tuple[int, int], room: int = 2, **kwargs) -> None:
+def check(
+    store: values.Segments, kept: str, order: tuple[int, int], room: int = 2, **kwargs
+) -> None:
     keep = make_keep(store, kept)
-    cu, used = store.cu_seqlens_k.tolist(), store.seqused_k.tolist()
-    num_kept = torch.tensor(
-        [int(keep[c : c + n].sum()) for c, n in zip(cu, used, strict=False)], dtype=torch.int32
-    )
+    num_kept = torch.tensor([int(keep[r].sum()) for r in store.slices()], dtype=torch.int32)
     cu_new = torch.cat([torch.zeros(1), (num_kept + room).cumsum(0)]).to(torch.int32)
     capacity = int(cu_new[-1])
-    want = reference.compact(
-        store.k, store.v, store.pos, store.state, store.cu_seqlens_k, store.seqused_k, keep,
-        num_kept, cu_new, capacity=capacity,
-    )  # fmt: skip
+    want = reference.compact(store, keep, num_kept, cu_new, capacity=capacity)
     got = run(store, keep, num_kept, cu_new, capacity, order, **kwargs)
-    written = torch.zeros(capacity, dtype=torch.bool)
-    for start, n in zip(cu_new.tolist(), num_kept.tolist(), strict=False):
-        written[start : start + n] = True
-    for new, ref in zip(got, want, strict=True):
+    written = want.live
+    for new, ref in zip(got.tokens, want.tokens, strict=True):
         assert torch.equal(new[written], ref[written])
         untouched = new[~written]
         if untouched.numel():
@@ -111,8 +101,8 @@ def test_no_write_leaves_its_slot():
     second = int(store.cu_seqlens_k[1])
     for order in emulated.ORDERS:
         got = run(store, keep, torch.tensor([20, 20], dtype=torch.int32), cu_new, 26, order)
-        assert torch.equal(got[0][:6], store.k[:6])
-        assert torch.equal(got[0][6:], store.k[second : second + 20])
+        assert torch.equal(got.k[:6], store.k[:6])
+        assert torch.equal(got.k[6:], store.k[second : second + 20])
 
 
 def test_empty_store():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulated
 import pytest
 import torch
-from emulated import reference
+from emulated import reference, values
+from store import make_store
 from torch import Tensor
 
 LOG_EPS = 1e-6
@@ -17,10 +18,7 @@ LOG_EPS = 1e-6
 class Sample:
     """Inputs of the scorers; dead rows are NaN and the slots have room."""
 
-    state: Tensor
-    pos: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
+    store: values.Segments
     params: Tensor
     param_index: Tensor
     mean: Tensor
@@ -38,19 +36,14 @@ def make_sample(
     """Heavy-tailed features, positions up to ``last_pos``, one parameter vector per batch row."""
     gen = torch.Generator().manual_seed(len(lengths))
     batch_size = len(lengths)
-    used = torch.tensor([n for row in lengths for n in row], dtype=torch.int32)
-    slots = used + torch.tensor([1 + i % 3 for i in range(used.numel())], dtype=torch.int32)
-    cu = torch.cat([torch.zeros(1), slots.cumsum(0)]).to(torch.int32)
-    capacity = int(cu[-1])
-    state = torch.full((capacity, 17), float("nan"))
-    pos = torch.full((capacity,), 2**31 - 1, dtype=torch.int32)
-    for s, length in enumerate(used.tolist()):
-        live = slice(int(cu[s]), int(cu[s]) + length)
-        state[live] = torch.randn(length, 17, generator=gen).exp() * 0.1
+    store = make_store(lengths, head_dim=1)
+    for live in store.slices():
+        length = live.stop - live.start
+        store.state[live] = torch.randn(length, 17, generator=gen).exp() * 0.1
         steps = torch.randint(1, max(last_pos // max(length, 1), 2), (length,), generator=gen)
-        pos[live] = (last_pos - steps.flip(0).cumsum(0).flip(0)).to(torch.int32)
+        store.pos[live] = (last_pos - steps.flip(0).cumsum(0).flip(0)).to(torch.int32)
     return Sample(
-        state, pos, cu, used,
+        store,
         torch.randn(batch_size + 1, num_params, generator=gen) * std,
         torch.arange(batch_size, 0, -1, dtype=torch.int32),
         torch.rand(17, generator=gen) * 0.1, torch.rand(17, generator=gen) * 0.05 + 0.01,
@@ -65,16 +58,16 @@ def run(
     mlp: tuple[int, int, bool, bool] = (0, 0, False, False),
     **kwargs: object,
 ) -> Tensor:
-    names = ["state", "pos", "params", "param_index", "mean", "var"]
-    keep = {n: emulated.guarded(getattr(x, n)) for n in [*names, "cu_seqlens_k", "seqused_k"]}
+    held = x.store._make(emulated.guarded(t) for t in x.store)
+    inputs = [emulated.guarded(t) for t in (x.params, x.param_index, x.mean, x.var)]
     active = emulated.guarded(x.active.to(torch.uint8))
-    scores = emulated.guarded(torch.full(x.pos.shape, -7.0))
+    scores = emulated.guarded(torch.full(held.pos.shape, -7.0))
     params = emulated.ScoreParams(
-        emulated.segments(keep["cu_seqlens_k"], keep["seqused_k"], x.active.numel()),
-        *(keep[n].data_ptr() for n in names), active.data_ptr(), scores.data_ptr(),
+        emulated.segments(held, x.active.numel()), held.state.data_ptr(), held.pos.data_ptr(),
+        *(t.data_ptr() for t in inputs), active.data_ptr(), scores.data_ptr(),
         x.params.shape[1], x.params.shape[0], log_transform, LOG_EPS, *mlp,
     )  # fmt: skip
-    emulated.launch(op, params, x.pos.numel(), **kwargs)
+    emulated.launch(op, params, x.store.capacity, **kwargs)
     return scores
 
 
@@ -85,23 +78,16 @@ def expected(
     mlp: tuple[int, int, bool, bool] | None = None,
 ) -> Tensor:
     args = (
-        x.state.double(), x.pos, x.cu_seqlens_k, x.seqused_k, x.params.double(), x.param_index,
-        x.mean.double(), x.var.double(), x.active,
+        x.store.double(), x.params.double(), x.param_index, x.mean.double(), x.var.double(),
+        x.active,
     )  # fmt: skip
     names = ("hidden", "depth", "bias", "residual_first")
     extra = {} if mlp is None else dict(zip(names, mlp, strict=True))
     return getattr(reference, op)(*args, log_transform=log_transform, log_eps=LOG_EPS, **extra)
 
 
-def live_rows(x: Sample) -> Tensor:
-    mask = torch.zeros(x.pos.numel(), dtype=torch.bool)
-    for start, used in zip(x.cu_seqlens_k.tolist(), x.seqused_k.tolist(), strict=False):
-        mask[start : start + used] = True
-    return mask
-
-
 def check(got: Tensor, exact: Tensor, x: Sample, tolerance: float) -> None:
-    live = live_rows(x)
+    live = x.store.live
     assert (got[~live] == -7.0).all(), "dead rows were written"
     error = (got[live].double() - exact[live]).norm() / exact[live].norm().clamp(min=1e-30)
     assert error <= tolerance, f"relative error {error:.3e} > {tolerance:.0e}"
@@ -122,11 +108,10 @@ def test_bam_scores(simt: bool, log_transform: bool) -> None:
     if not simt and not log_transform:  # logarithms are clamped at 20 and do leave the range
         # A fault that makes NaN would be repaired by the row kernel. A repaired row has its bits,
         # and rounding to fp16 gives them to hardly any other.
-        scored = live_rows(x) & (got != 0)
+        scored = x.store.live & (got != 0)
         repaired = got[scored] == run("bam_scores", x, log_transform, simt=True)[scored]
         assert repaired.float().mean() < 0.05, "rows were done again without need"
-    row = slice(int(x.cu_seqlens_k[3]), int(x.cu_seqlens_k[3] + x.seqused_k[3]))
-    assert (got[row] == 0).all()
+    assert (got[x.store.slices()[3]] == 0).all()
 
 
 def test_bam_scores_at_unit_weights() -> None:
@@ -137,11 +122,13 @@ def test_bam_scores_at_unit_weights() -> None:
 def test_bam_rows_out_of_range_are_done_again() -> None:
     """Weights for which 2^(z.x) leaves the range of float, features that leave fp16."""
     x = make_sample([[80]], std=1.5)
-    z_scale = reference.token_features(x.state[:80], x.pos[:80], x.mean, x.var, False, 0.0)
+    z_scale = reference.token_features(
+        x.store.state[:80], x.store.pos[:80], x.mean, x.var, False, 0.0
+    )
     assert z_scale.abs().max() > 3
     check(run("bam_scores", x), expected("bam_scores", x), x, 5e-2)
     x = make_sample([[80]])
-    x.state[11, 3] = 1e6  # 1e7 standard deviations
+    x.store.state[11, 3] = 1e6  # 1e7 standard deviations
     got, exact = run("bam_scores", x), expected("bam_scores", x)
     check(got, exact, x, 1e-3)
 
@@ -154,7 +141,7 @@ def test_bam_scores_of_zero_parameters_are_zero() -> None:
 def test_bam_scores_show_nan() -> None:
     """A NaN state gives NaN to its own row and to the older rows that see it, to no other."""
     x = make_sample([[90]])
-    x.state[33, 5] = float("nan")
+    x.store.state[33, 5] = float("nan")
     for simt in (False, True):
         got = run("bam_scores", x, simt=simt)[:90]
         assert got[:34].isnan().all()
@@ -166,12 +153,9 @@ def test_same_bits_in_every_order_and_batch(simt: bool) -> None:
     x = make_sample([[70, 3], [20, 66]])
     results = [run("bam_scores", x, simt=simt, order=order) for order in emulated.ORDERS]
     assert all(torch.equal(results[0], r) for r in results[1:])
-    start = int(x.cu_seqlens_k[2])
-    alone = Sample(
-        x.state[start:], x.pos[start:], x.cu_seqlens_k[2:] - start, x.seqused_k[2:], x.params,
-        x.param_index[1:], x.mean, x.var, x.active[1:],
-    )  # fmt: skip
-    live = live_rows(alone)
+    start = int(x.store.cu_seqlens_k[2])
+    alone = replace(x, store=x.store.part(2, 4), param_index=x.param_index[1:], active=x.active[1:])
+    live = alone.store.live
     assert torch.equal(run("bam_scores", alone, simt=simt)[live], results[0][start:][live])
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import emulated
 import pytest
 import torch
-from emulated import reference
-from store import Store, make_store
+from emulated import reference, values
+from store import make_store
 from torch import Tensor
 
 DEFAULTS = {
@@ -23,22 +24,20 @@ DEFAULTS = {
 
 
 def run(
-    store: Store,
+    store: values.Segments,
     scores: Tensor,
     active: Tensor,
     options: dict[str, object],
     order: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    inputs = [
-        emulated.guarded(t)
-        for t in (store.cu_seqlens_k, store.seqused_k, scores, store.pos, active.to(torch.uint8))
-    ]
+    held = store._make(emulated.guarded(t) for t in store)
+    inputs = [emulated.guarded(t) for t in (scores, active.to(torch.uint8))]
     keep = emulated.guarded(torch.full((store.capacity,), 77, dtype=torch.uint8))
     num_kept = emulated.guarded(torch.full_like(store.seqused_k, -99))
     ptr = emulated.pointer
     params = emulated.SelectParams(
-        emulated.segments(inputs[0], inputs[1], store.batch_size),
-        *(ptr(t) for t in inputs[2:]), ptr(keep), ptr(num_kept),
+        emulated.segments(held, active.numel()),
+        ptr(inputs[0]), ptr(held.pos), ptr(inputs[1]), ptr(keep), ptr(num_kept),
         options["threshold"], options["cache_size"],
         ("per_head", "per_layer").index(str(options["budget"])),
         options["fill"], options["protect_newest"],
@@ -48,7 +47,7 @@ def run(
     return keep, num_kept
 
 
-def make_scores(store: Store, kind: str) -> Tensor:
+def make_scores(store: values.Segments, kind: str) -> Tensor:
     gen = torch.Generator().manual_seed(11)
     n = store.capacity
     scores = {
@@ -58,26 +57,26 @@ def make_scores(store: Store, kind: str) -> Tensor:
         "wide": lambda: torch.randn(n, generator=gen) * 10.0 ** torch.randint(-30, 30, (n,)),
         "infinite": lambda: torch.tensor([math.inf, -math.inf, 1.0, -1.0]).repeat(n)[:n],
     }[kind]()
-    dead = torch.ones(n, dtype=torch.bool)
-    dead[store.live_rows()] = False
-    return scores.masked_fill(dead, math.nan)
+    return scores.masked_fill(~store.live, math.nan)
 
 
 def check(
-    store: Store, scores: Tensor, order: tuple[int, int] = (0, 0), active=None, **changes
+    store: values.Segments,
+    scores: Tensor,
+    order: tuple[int, int] = (0, 0),
+    active: Sequence[bool] = (True, True),
+    **changes: object,
 ) -> tuple[Tensor, Tensor]:
+    """Every decision like the law's; ``active`` has an entry for each batch row."""
     options = DEFAULTS | changes
-    active = torch.ones(store.batch_size, dtype=torch.bool) if active is None else active
-    args = (scores, store.pos, store.cu_seqlens_k, store.seqused_k, active)
-    want_keep, want_kept = reference.select(*args, **options)
+    active = torch.tensor(active)
+    want_keep, want_kept = reference.select(scores, store, active, **options)
     keep, num_kept = run(store, scores, active, options, order)
     assert num_kept.tolist() == want_kept.tolist()
-    rows = store.live_rows()
+    rows = store.live_rows()[0]
     poisoned = torch.repeat_interleave(want_kept < 0, store.seqused_k.long())
     assert torch.equal(keep[rows][~poisoned], want_keep[rows][~poisoned])
-    dead = torch.ones(store.capacity, dtype=torch.bool)
-    dead[rows] = False
-    assert bool((keep[dead] == 77).all())
+    assert bool((keep[~store.live] == 77).all())
     return keep, num_kept
 
 
@@ -121,7 +120,7 @@ def test_select_orders(rule, order):
 @pytest.mark.parametrize("rule", ["budget", "fill", "layer"])
 def test_segment_longer_than_a_block(rule):
     store = make_store([[1100, 30]])
-    check(store, make_scores(store, "ties"), (3, 0), **RULES[rule])
+    check(store, make_scores(store, "ties"), (3, 0), active=[True], **RULES[rule])
 
 
 @pytest.mark.parametrize("rule", ["threshold", "budget", "fill", "layer", "layer_no_threshold"])
@@ -139,7 +138,7 @@ def test_inactive_rows_keep_everything(rule):
     store = make_store([[20, 30], [9, 12]])
     scores = make_scores(store, "normal")
     scores[int(store.cu_seqlens_k[2])] = math.nan  # not looked at
-    _, num_kept = check(store, scores, active=torch.tensor([True, False]), **RULES[rule])
+    _, num_kept = check(store, scores, active=[True, False], **RULES[rule])
     assert num_kept[2:].tolist() == [9, 12]
 
 
@@ -147,11 +146,16 @@ def test_newest_tie_across_heads_goes_to_the_first():
     # All segments' newest rows are equal in rank; the budget holds two of the three.
     store = make_store([[4, 4, 4]])
     _, num_kept = check(
-        store, make_scores(store, "zeros"), budget="per_layer", cache_size=1, recent_tokens=0
+        store,
+        make_scores(store, "zeros"),
+        active=[True],
+        budget="per_layer",
+        cache_size=1,
+        recent_tokens=0,
     )
     assert num_kept.tolist() == [1, 1, 1]
     store = make_store([[4, 4, 4, 4]], num_tail=4)
-    check(store, torch.zeros(store.capacity), budget="per_layer", cache_size=1,
+    check(store, torch.zeros(store.capacity), active=[True], budget="per_layer", cache_size=1,
           protect_newest=False)  # fmt: skip
 
 
@@ -161,10 +165,12 @@ def test_equal_keys_across_heads():
     scores = torch.zeros(store.capacity)
     for size in (1, 2, 3):
         _, num_kept = check(
-            store, scores, budget="per_layer", cache_size=size, protect_newest=False
+            store, scores, active=[True], budget="per_layer", cache_size=size, protect_newest=False
         )
         assert int(num_kept.sum()) == 5 * size
-    _, num_kept = check(store, scores, budget="per_layer", cache_size=1, recent_tokens=3)
+    _, num_kept = check(
+        store, scores, active=[True], budget="per_layer", cache_size=1, recent_tokens=3
+    )
     assert num_kept.tolist() == [1] * 5
 
 
@@ -173,8 +179,12 @@ def test_equal_keys_cut_between_heads():
     scores = torch.zeros(store.capacity)
     for s, first in enumerate(store.cu_seqlens_k[:3].tolist()):
         scores[first] = 1.0 if s == 2 else 0.0  # head 2 takes a place, heads 0 and 1 share two
-    _, num_kept = check(store, scores, budget="per_layer", cache_size=1, protect_newest=False)
+    _, num_kept = check(
+        store, scores, active=[True], budget="per_layer", cache_size=1, protect_newest=False
+    )
     assert num_kept.tolist() == [1, 1, 1]
     scores[int(store.cu_seqlens_k[2]) + 2] = 1.0
-    _, num_kept = check(store, scores, budget="per_layer", cache_size=1, protect_newest=False)
+    _, num_kept = check(
+        store, scores, active=[True], budget="per_layer", cache_size=1, protect_newest=False
+    )
     assert num_kept.tolist() == [1, 0, 2]

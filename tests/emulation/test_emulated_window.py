@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulated
 import pytest
 import torch
-from emulated import reference
+from emulated import reference, values
+from store import make_store
 from torch import Tensor
 
 EMA_COEFF = 0.99
@@ -17,15 +18,8 @@ EMA_COEFF = 0.99
 class Sample:
     """Inputs of the window ops; dead rows are NaN and the slots have room."""
 
-    q_window: Tensor
-    lse_window: Tensor
-    k: Tensor
-    pos: Tensor
-    state: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
-    pos_q: Tensor
-    active: Tensor
+    window: values.Window
+    store: values.Segments
     scale: float
     num_groups: int
 
@@ -44,102 +38,81 @@ def make_sample(
     gen = torch.Generator().manual_seed(head_dim + num_groups)
     batch_size, num_kv_heads = len(lengths), len(lengths[0])
     rows, num_heads = 16 + n_up, num_kv_heads * num_groups
-    used = torch.tensor([n for row in lengths for n in row], dtype=torch.int32)
-    slots = used + torch.tensor([3 + i % 4 for i in range(used.numel())], dtype=torch.int32)
-    cu = torch.cat([torch.zeros(1), slots.cumsum(0)]).to(torch.int32)
-    capacity = int(cu[-1])
     num_new = n_up if num_new is None else num_new
+    store = make_store(lengths, head_dim, dtype=dtype, num_tail=num_new, seed=head_dim)
+    store.state.mul_(0.02)
 
-    q_shape = (batch_size, num_heads, rows, head_dim)
     if strided:  # the layout of a projection: heads inside rows, with room behind
         wide = torch.randn(batch_size, rows, num_heads, head_dim + 8, generator=gen).to(dtype)
         q = wide[..., :head_dim].transpose(1, 2)
     else:
-        q = torch.randn(q_shape, generator=gen).to(dtype)
-    k = torch.full((capacity, head_dim), float("nan"), dtype=dtype)
-    pos = torch.full((capacity,), -(2**31), dtype=torch.int32)
-    state = torch.full((capacity, 17), float("nan"))
-    seen = max(max(row) for row in lengths) * 2 + 5
-    for s, length in enumerate(used.tolist()):
-        live = slice(int(cu[s]), int(cu[s]) + length)
-        k[live] = torch.randn(length, head_dim, generator=gen).to(dtype)
-        old = max(length - num_new, 0)
-        old_pos = torch.randperm(seen - num_new, generator=gen)[:old].sort().values
-        new_pos = torch.arange(seen - (length - old), seen)
-        pos[live] = torch.cat([old_pos, new_pos]).to(torch.int32)
-        state[live] = torch.rand(length, 17, generator=gen) * 0.02
-    pos_q = torch.full((batch_size,), seen - rows, dtype=torch.int32)
+        q = torch.randn(batch_size, num_heads, rows, head_dim, generator=gen).to(dtype)
+    newest = int(store.pos.max()) if num_new else 2 * int(store.seqused_k.max()) + 2
     sample = Sample(
-        q, torch.zeros(q_shape[:3]), k, pos, state, cu, used, pos_q,
-        torch.tensor(active or [True] * batch_size), head_dim**-0.5, num_groups,
-    )  # fmt: skip
+        values.Window(
+            q,
+            torch.zeros(q.shape[:3]),
+            torch.full((batch_size,), newest + 1 - rows, dtype=torch.int32),
+            torch.tensor(active or [True] * batch_size),
+        ),
+        store,
+        head_dim**-0.5,
+        num_groups,
+    )
     # A row's own log-sum-exp over what it sees, as attention reports it; finite where it sees
     # nothing.
-    for s, length in enumerate(used.tolist()):
+    for s, live in enumerate(store.slices()):
         b, h = divmod(s, num_kv_heads)
-        live = slice(int(cu[s]), int(cu[s]) + length)
-        for g in range(num_groups):
-            logits = q[b, h * num_groups + g].double() @ k[live].double().T * sample.scale
-            hidden = pos[live][None, :] > (int(pos_q[b]) + torch.arange(rows))[:, None]
+        hidden = store.pos[live][None, :] > (newest + 1 - rows + torch.arange(rows))[:, None]
+        for head in range(h * num_groups, (h + 1) * num_groups):
+            logits = q[b, head].double() @ store.k[live].double().T * sample.scale
             lse = logits.masked_fill(hidden, float("-inf")).logsumexp(-1)
-            sample.lse_window[b, h * num_groups + g] = torch.where(lse.isfinite(), lse, 0.0)
+            sample.window.lse[b, head] = torch.where(lse.isfinite(), lse, 0.0)
     return sample
 
 
 def run(op: str, x: Sample, **kwargs: object) -> Tensor:
     """Run ``op`` under the emulation on guarded copies of the sample."""
-    q = x.q_window
+    q = x.window.q
     if q.is_contiguous():
         q = emulated.guarded(q)
-    keep = {
-        name: emulated.guarded(getattr(x, name))
-        for name in ["lse_window", "k", "pos", "state", "cu_seqlens_k", "seqused_k", "pos_q"]
-    }
-    active = emulated.guarded(x.active.to(torch.uint8))
+    lse, pos_q = emulated.guarded(x.window.lse), emulated.guarded(x.window.pos_q)
+    active = emulated.guarded(x.window.active.to(torch.uint8))
+    held = x.store._make(emulated.guarded(t) for t in x.store)
     first_row = int(kwargs.pop("first_row", 0))
     window = emulated.Window(
-        emulated.segments(keep["cu_seqlens_k"], keep["seqused_k"], q.shape[0]),
-        q.data_ptr(), keep["lse_window"].data_ptr(), keep["k"].data_ptr(), keep["pos"].data_ptr(),
-        keep["pos_q"].data_ptr(), active.data_ptr(),
-        (emulated.I64 * 3)(*q.stride()[:3]), (emulated.I64 * 2)(*x.lse_window.stride()[:2]),
+        emulated.segments(held, q.shape[0]),
+        q.data_ptr(), lse.data_ptr(), held.k.data_ptr(), held.pos.data_ptr(), pos_q.data_ptr(),
+        active.data_ptr(),
+        (emulated.I64 * 3)(*q.stride()[:3]), (emulated.I64 * 2)(*x.window.lse.stride()[:2]),
         x.num_groups, q.shape[3], q.shape[2], x.scale, emulated.DTYPES[q.dtype],
     )  # fmt: skip
-    shape = x.state.shape if op == "spectrogram" else x.state.shape[:1]
+    shape = held.state.shape if op == "spectrogram" else held.pos.shape
     out = emulated.guarded(torch.full(shape, -7.0))
     params = (
-        emulated.SpectrogramParams(window, keep["state"].data_ptr(), out.data_ptr(), EMA_COEFF)
+        emulated.SpectrogramParams(window, held.state.data_ptr(), out.data_ptr(), EMA_COEFF)
         if op == "spectrogram"
         else emulated.ReceivedParams(window, out.data_ptr(), first_row)
     )
-    emulated.launch(op, params, x.k.shape[0], **kwargs)
+    emulated.launch(op, params, x.store.capacity, **kwargs)
     return out
 
 
 def expected(op: str, x: Sample, first_row: int = 0) -> Tensor:
-    args = (x.q_window.double(), x.lse_window.double(), x.k.double(), x.pos)
-    rest = (x.cu_seqlens_k, x.seqused_k, x.pos_q, x.active)
+    window = x.window._replace(q=x.window.q.double(), lse=x.window.lse.double())
+    args = (window, x.store.double())
     if op == "spectrogram":
-        return reference.spectrogram(
-            *args, x.state.double(), *rest, softmax_scale=x.scale, ema_coeff=EMA_COEFF
-        )
-    return reference.attention_received(*args, *rest, softmax_scale=x.scale, first_row=first_row)
-
-
-def live_rows(x: Sample) -> Tensor:
-    """Bool ``[C]``: rows that an op may write."""
-    mask = torch.zeros(x.k.shape[0], dtype=torch.bool)
-    for start, used in zip(x.cu_seqlens_k.tolist(), x.seqused_k.tolist(), strict=False):
-        mask[start : start + used] = True
-    return mask
+        return reference.spectrogram(*args, softmax_scale=x.scale, ema_coeff=EMA_COEFF)
+    return reference.attention_received(*args, softmax_scale=x.scale, first_row=first_row)
 
 
 def check(got: Tensor, exact: Tensor, x: Sample, tolerance: float) -> None:
     """Error over the live rows relative to what the window added; dead rows stay untouched."""
-    live = live_rows(x)
+    live = x.store.live
     assert (got[~live] == -7.0).all(), "dead rows were written"
     added = exact[live]
     if got.dim() == 2:  # without what the old state contributes, which is exact anyway
-        added = added - EMA_COEFF ** (x.q_window.shape[2] - 16) * x.state[live].double()
+        added = added - EMA_COEFF ** (x.window.q.shape[2] - 16) * x.store.state[live].double()
     error = (got[live].double() - exact[live]).norm() / added.norm().clamp(min=1e-30)
     assert error <= tolerance, f"relative error {error:.3e} > {tolerance:.0e}"
 
@@ -182,10 +155,10 @@ def test_spectrogram(name: str) -> None:
     x = make_sample(**{**CASES, **SIMT_CASES}[name])
     got = run("spectrogram", x)
     check(got, expected("spectrogram", x), x, HALF if name in CASES else FLOAT)
-    for s in range(x.seqused_k.numel()):  # inactive rows are copied bit for bit
-        if not x.active[s * x.active.numel() // x.seqused_k.numel()]:
-            live = slice(int(x.cu_seqlens_k[s]), int(x.cu_seqlens_k[s] + x.seqused_k[s]))
-            assert torch.equal(got[live], x.state[live])
+    rows, segment = x.store.live_rows()
+    row_of_batch = segment * x.window.active.numel() // x.store.seqused_k.numel()
+    idle = rows[~x.window.active[row_of_batch]]  # inactive rows are copied bit for bit
+    assert torch.equal(got[idle], x.store.state[idle])
 
 
 @pytest.mark.parametrize("name", ["bf16-D64-G2", "fp16-D64-G1", "bf16-D256-G8", *SIMT_CASES])
@@ -203,36 +176,35 @@ def test_same_bits_in_every_order_and_batch(op: str, simt: bool) -> None:
     both = make_sample([[70, 3], [35, 40]], 64, 2, torch.bfloat16, n_up=32)
     results = [run(op, both, simt=simt, order=order) for order in emulated.ORDERS]
     assert all(torch.equal(results[0], r) for r in results[1:])
-    start = int(both.cu_seqlens_k[2])
-    alone = Sample(
-        both.q_window[1:], both.lse_window[1:], both.k[start:].clone(), both.pos[start:],
-        both.state[start:], both.cu_seqlens_k[2:] - start, both.seqused_k[2:], both.pos_q[1:],
-        both.active[1:], both.scale, both.num_groups,
-    )  # fmt: skip
-    live = live_rows(alone)
+    start = int(both.store.cu_seqlens_k[2])
+    alone = replace(
+        both,
+        window=both.window._make(t[1:] for t in both.window),
+        store=both.store.part(2, 4).clone(),
+    )
+    live = alone.store.live
     assert torch.equal(run(op, alone, simt=simt)[live], results[0][start:][live])
 
 
 def test_new_sequence_and_late_keys() -> None:
     """Rows before the start are zero queries at negative positions; they count for nothing."""
     x = make_sample([[32, 9]], 64, 2, torch.bfloat16, n_up=32)
-    for s, length in enumerate(x.seqused_k.tolist()):  # the second segment's keys are the newest
-        live = slice(int(x.cu_seqlens_k[s]), int(x.cu_seqlens_k[s]) + length)
-        x.pos[live] = torch.arange(32 - length, 32, dtype=torch.int32)
-    x.pos_q[:] = -16
-    x.q_window[:, :, :16] = 0
+    for live in x.store.slices():  # the second segment's keys are the newest
+        x.store.pos[live] = torch.arange(32 - live.stop + live.start, 32, dtype=torch.int32)
+    x.window.pos_q[:] = -16
+    x.window.q[:, :, :16] = 0
     # An lse that would make the hidden probabilities infinite.
-    x.lse_window[:, :, :16] = -1e4
+    x.window.lse[:, :, :16] = -1e4
     for simt in (False, True):
         got = run("spectrogram", x, simt=simt)
-        assert got[live_rows(x)].isfinite().all()
+        assert got[x.store.live].isfinite().all()
 
 
 def test_wide_range_of_attention() -> None:
     """One key takes nearly everything; the others' bins stay accurate relative to the largest."""
     x = make_sample([[40]], 64, 1, torch.bfloat16, n_up=32, num_new=0)
-    x.k[0] *= 6
-    logits = x.q_window[0, 0].double() @ x.k[:40].double().T * x.scale
-    x.lse_window[0, 0] = logits.logsumexp(-1)
-    x.state[:40] = 0
+    x.store.k[0] *= 6
+    logits = x.window.q[0, 0].double() @ x.store.k[:40].double().T * x.scale
+    x.window.lse[0, 0] = logits.logsumexp(-1)
+    x.store.state[:40] = 0
     check(run("spectrogram", x), expected("spectrogram", x), x, HALF)

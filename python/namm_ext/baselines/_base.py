@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from ..budget import Budget, is_int
@@ -48,7 +47,7 @@ class Baseline(Policy):
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """Scores, and the state as it was."""
-        return self.score(ctx), ctx.state
+        return self.score(ctx), ctx.segments.state
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -90,18 +89,3 @@ class Baseline(Policy):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
         return f"{type(self).__name__}({arguments})"
-
-
-def live_rows(ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-    """Row numbers of all live tokens and the segment of each, int64, in order."""
-    used = ctx.seqused_k.long()
-    segment = torch.repeat_interleave(torch.arange(used.numel(), device=used.device), used)
-    before = (used.cumsum(0) - used)[segment]
-    offset = torch.arange(segment.numel(), device=used.device) - before
-    return ctx.cu_seqlens_k[:-1].long()[segment] + offset, segment
-
-
-def newest_position(ctx: UpdateContext) -> Tensor:
-    """``[S]`` int64 position of each segment's newest token."""
-    last = ctx.cu_seqlens_k[:-1].long() + (ctx.seqused_k.long() - 1).clamp(min=0)
-    return ctx.pos[last].long()

@@ -11,29 +11,25 @@ from .. import ops
 from ..budget import Budget
 from ..policy import UpdateContext
 from ..ragged import CARRY
-from ._base import Baseline, live_rows, newest_position
+from ._base import Baseline
 
 
 def received(ctx: UpdateContext, num_queries: int) -> Tensor:
     """``[C]`` attention received from the newest ``num_queries`` queries, mean over a group."""
-    q, lse, pos_q = ctx.q_window, ctx.lse_window, ctx.pos_q
+    window = ctx.window
     # The op wants a multiple of 16 rows; rows in front are not counted, so they may be anything.
-    missing = -q.shape[2] % CARRY
+    missing = -window.q.shape[2] % CARRY
     if missing:
-        q = torch.nn.functional.pad(q, (0, 0, missing, 0))
-        lse = torch.nn.functional.pad(lse, (missing, 0))
-        pos_q = pos_q - missing
+        window = window._replace(
+            q=torch.nn.functional.pad(window.q, (0, 0, missing, 0)),
+            lse=torch.nn.functional.pad(window.lse, (missing, 0)),
+            pos_q=window.pos_q - missing,
+        )
     return ops.attention_received(
-        q,
-        lse,
-        ctx.k,
-        ctx.pos,
-        ctx.cu_seqlens_k,
-        ctx.seqused_k,
-        pos_q,
-        ctx.active,
+        window,
+        ctx.segments,
         softmax_scale=ctx.softmax_scale,
-        first_row=q.shape[2] - num_queries,
+        first_row=window.q.shape[2] - num_queries,
     )
 
 
@@ -58,8 +54,8 @@ class H2O(Baseline):
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """The accumulated attention, which is also the state."""
-        new = received(ctx, self.n_up).to(ctx.state.dtype)
-        state = ctx.state + new[:, None]
+        old = ctx.segments.state
+        state = old + received(ctx, self.n_up).to(old.dtype)[:, None]
         return state[:, 0].contiguous(), state
 
 
@@ -104,9 +100,10 @@ class SnapKV(Baseline):
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """Pooled attention; the window's own tokens count neither as received nor as neighbours."""
-        attention = received(ctx, self.window).to(ctx.state.dtype)
-        rows, segment = live_rows(ctx)
-        observed = ctx.pos[rows] <= newest_position(ctx)[segment] - self.window
+        store = ctx.segments
+        attention = received(ctx, self.window).to(store.state.dtype)
+        rows, segment = store.live_rows()
+        observed = store.pos[rows] <= store.newest()[segment] - self.window
         rows, segment = rows[observed], segment[observed]
         scores = torch.zeros_like(attention)
         for shift in range(-(self.kernel_size // 2), self.kernel_size // 2 + 1):
@@ -158,12 +155,12 @@ class TOVA(Baseline):
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """Attention of the last query."""
-        attention = received(ctx, 1).to(ctx.state.dtype)
+        attention = received(ctx, 1).to(ctx.segments.state.dtype)
         if not self.averages_heads:
             return attention
         # The heads of a row keep the same positions, so their rows match one to one.
-        rows, segment = live_rows(ctx)
-        used = ctx.seqused_k.long()
+        rows, segment = ctx.segments.live_rows()
+        used = ctx.segments.seqused_k.long()
         start = (used.cumsum(0) - used)[segment]
         rank = torch.arange(rows.numel(), device=rows.device) - start
         first_head = segment - segment % ctx.num_kv_heads

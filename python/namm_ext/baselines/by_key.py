@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..policy import UpdateContext
-from ._base import Baseline, live_rows
+from ._base import Baseline
 
 
 class KNorm(Baseline):
@@ -20,7 +20,7 @@ class KNorm(Baseline):
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """Minus the norm."""
-        return -ctx.k.to(ctx.state.dtype).norm(dim=-1)
+        return -ctx.segments.k.to(ctx.segments.state.dtype).norm(dim=-1)
 
 
 class KeyDiff(Baseline):
@@ -35,12 +35,13 @@ class KeyDiff(Baseline):
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """Minus the cosine similarity to the anchor."""
-        rows, segment = live_rows(ctx)
-        keys = ctx.k[rows].to(ctx.state.dtype)
+        store = ctx.segments
+        rows, segment = store.live_rows()
+        keys = store.k[rows].to(store.state.dtype)
         unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        anchor = unit.new_zeros(ctx.seqused_k.numel(), unit.shape[1])
+        anchor = unit.new_zeros(store.seqused_k.numel(), unit.shape[1])
         anchor.index_add_(0, segment, unit)  # the sum: its length does not change the cosine
         anchor = anchor / anchor.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        scores = unit.new_zeros(ctx.pos.shape)
+        scores = unit.new_zeros(store.pos.shape)
         scores[rows] = -(unit * anchor[segment]).sum(dim=-1)
         return scores

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..policy import UpdateContext
-from ._base import Baseline, live_rows
+from ._base import Baseline
 
 
 class StreamingLLM(Baseline):
@@ -30,7 +30,7 @@ class StreamingLLM(Baseline):
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """The position: newer is better. Exact in float32 up to 2^24 tokens."""
-        return ctx.pos.to(ctx.state.dtype)
+        return ctx.segments.pos.to(ctx.segments.state.dtype)
 
 
 class Random(Baseline):
@@ -48,12 +48,12 @@ class Random(Baseline):
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """A hash of seed, layer, head and position, uniform in [0, 1)."""
-        rows, segment = live_rows(ctx)
+        rows, segment = ctx.segments.live_rows()
         head = segment % ctx.num_kv_heads
         x = torch.full_like(head, self.seed)
-        for part in (ctx.layer_idx, head, ctx.pos[rows].long()):
+        for part in (ctx.layer_idx, head, ctx.segments.pos[rows].long()):
             x = _mix(x + part)
-        scores = ctx.state.new_zeros(ctx.pos.shape)
+        scores = ctx.segments.state.new_zeros(ctx.segments.capacity)
         scores[rows] = ((x >> 8) & 0xFFFFFF).to(scores.dtype) / 2**24
         return scores
 
@@ -76,7 +76,7 @@ class NeverEvict(Baseline):
 
     def score(self, ctx: UpdateContext) -> Tensor:
         """Zero for all."""
-        return ctx.state.new_zeros(ctx.pos.shape)
+        return ctx.segments.state.new_zeros(ctx.segments.capacity)
 
     def with_budget(self, budget: Budget | None = None, **changes: Any) -> NeverEvict:
         """Itself."""

@@ -329,12 +329,11 @@ class _Recorder(Policy):
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         scores, state = self.inner.update(ctx)
-        starts, used = ctx.cu_seqlens_k.tolist(), ctx.seqused_k.tolist()
-        live = [slice(start, start + n) for start, n in zip(starts, used, strict=False)]
+        live = ctx.segments.slices()
         for row, num_tokens in enumerate(ctx.seen):
             if (num_tokens // self.n_up + ctx.layer_idx) % self.every == 0:
                 heads = live[row * ctx.num_kv_heads : (row + 1) * ctx.num_kv_heads]
-                now = [tuple(t[h].cpu().clone() for h in heads) for t in (state, ctx.pos)]
+                now = [tuple(t[h].cpu().clone() for h in heads) for t in (state, ctx.segments.pos)]
                 self.seen.append(_Seen(ctx.layer_idx, row, num_tokens, *now))
         return scores, state
 

@@ -21,38 +21,28 @@ from torch import Tensor
 
 from .. import ops
 from ..budget import Budget, whole_tokens
+from ..values import Segments, Window
 from .calibration import Calibration
 
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """What one layer shows a policy at an update. Shapes as in ``params.h``.
+    """What one layer shows a policy at an update.
 
     Attributes:
-        q_window: ``[B, Hq, 16 + n_up, D]`` queries after RoPE, the first 16 of the last period.
-        lse_window: ``[B, Hq, 16 + n_up]`` log-sum-exp of each of those rows.
-        k, v, pos, state: the store, ``[C, D]``, ``[C, Dv]``, ``[C]`` int32, ``[C, F]``.
-        cu_seqlens_k, seqused_k: slots ``[S + 1]`` and live rows ``[S]``, int32.
-        pos_q: ``[B]`` int32 position of window row 0.
-        active: ``[B]`` bool, rows of the batch that are due; the others stay as they are.
+        segments: the store: ``ctx.segments.k`` and so on.
+        window: the queries of the period. ``window.active`` are the batch rows that are due. With
+            ``needs_window = False``, ``window.q`` and ``window.lse`` have no rows.
         softmax_scale: of the attention.
         layer_idx: of the layer.
         num_kv_heads: H.
         param_index: ``[B]`` int32, candidate of each row in a bank of parameters.
         seen: real tokens of each row so far, B ints.
-        due: the same as ``active``, B bools on the host.
+        due: the same as ``window.active``, B bools on the host.
     """
 
-    q_window: Tensor
-    lse_window: Tensor
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    state: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
-    pos_q: Tensor
-    active: Tensor
+    segments: Segments
+    window: Window
     softmax_scale: float
     layer_idx: int
     num_kv_heads: int
@@ -78,8 +68,8 @@ class Policy:
     Attributes:
         n_up: real tokens between two updates.
         num_state: float32 numbers a token carries (F); 0 for none.
-        needs_window: whether :meth:`update` reads ``q_window`` and ``lse_window``; without it the
-            store keeps no queries and both have no rows.
+        needs_window: whether :meth:`update` reads ``ctx.window``; without it the store keeps no
+            queries.
         budget: how much stays; no limit by default.
         calibration: what makes layers and heads comparable, for one model; None for none.
         min_recent: newest tokens that stay whatever the budget says, as far as there is room.
@@ -123,7 +113,7 @@ class Policy:
         ]
         first, *others = dict.fromkeys(r for r in rooms if r is not None) or [Room(None, 0, 0)]
         if not others:
-            return self._choose(scores, ctx, ctx.active, threshold, first)
+            return self._choose(scores, ctx, ctx.window.active, threshold, first)
         choices = []
         for room in (first, *others):  # the op has one size: rows of other sizes wait
             mine = torch.tensor([r == room for r in rooms], device=scores.device)
@@ -137,9 +127,7 @@ class Policy:
     ) -> tuple[Tensor, Tensor]:
         return ops.select(
             scores,
-            ctx.pos,
-            ctx.cu_seqlens_k,
-            ctx.seqused_k,
+            ctx.segments,
             active,
             threshold=threshold,
             cache_size=-1 if room.size is None else room.size,
@@ -157,7 +145,8 @@ class Policy:
         """Scores with the offsets of their heads, -inf below the threshold; NaN stays NaN."""
         calibration.check_model(None, ctx.num_kv_heads)
         slots = torch.arange(scores.numel(), device=scores.device, dtype=torch.int32)
-        head = torch.bucketize(slots, ctx.cu_seqlens_k[1:], right=True) % ctx.num_kv_heads
+        ends = ctx.segments.cu_seqlens_k[1:]
+        head = torch.bucketize(slots, ends, right=True) % ctx.num_kv_heads
         offsets = calibration.offsets[ctx.layer_idx].to(scores)
         return (scores + offsets[head]).masked_fill(scores < threshold, -math.inf)
 

@@ -100,25 +100,22 @@ class NAMM(Policy):
         state = spectrogram(ctx, self.config)
         device = state.device
         bank = self.params if self.params.dim() == 2 else self.params[None]
-        tensors = (
-            state,
-            ctx.pos,
-            ctx.cu_seqlens_k,
-            ctx.seqused_k,
+        values = (
+            ctx.segments._replace(state=state),
             bank.to(device),
             ctx.param_index,
             self.mean.to(device),
             self.var.to(device),
-            ctx.active,
+            ctx.window.active,
         )
         log_transform = self.config.feature_transform == "log"
         if self.config.scorer == "bam":
             scores = ops.bam_scores(
-                *tensors, log_transform=log_transform, log_eps=self.config.log_eps
+                *values, log_transform=log_transform, log_eps=self.config.log_eps
             )
         else:
             scores = ops.mlp_scores(
-                *tensors,
+                *values,
                 log_transform=log_transform,
                 log_eps=self.config.log_eps,
                 hidden=self.config.mlp_hidden,

@@ -148,16 +148,9 @@ class StatisticsCalibrator(Policy):
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """Fold the period into the state and collect it; all scores are zero."""
         state = spectrogram(ctx, self.config)
-        starts = ctx.cu_seqlens_k.tolist()
-        used = ctx.seqused_k.tolist()
-        active = ctx.active.tolist()
-        live = [
-            state[starts[s] : starts[s] + n]
-            for s, n in enumerate(used)
-            if active[s // ctx.num_kv_heads]
-        ]
-        if live:
-            features = torch.cat(live)
+        rows, segment = ctx.segments.live_rows()
+        features = state[rows[ctx.window.active[segment // ctx.num_kv_heads]]]
+        if features.numel():
             if self.config.feature_transform == "log":
                 features = reference.log_features(features, self.config.log_eps)
             self.collector.add(features)
@@ -171,15 +164,8 @@ class StatisticsCalibrator(Policy):
 def spectrogram(ctx: UpdateContext, config: NAMMConfig) -> Tensor:
     """The state ``[C, 17]`` with the period of an update folded in."""
     return ops.spectrogram(
-        ctx.q_window,
-        ctx.lse_window,
-        ctx.k,
-        ctx.pos,
-        ctx.state,
-        ctx.cu_seqlens_k,
-        ctx.seqused_k,
-        ctx.pos_q,
-        ctx.active,
+        ctx.window,
+        ctx.segments,
         softmax_scale=ctx.softmax_scale,
         ema_coeff=config.ema_coeff,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy
+from ..values import Segments
 from .ledger import Ledger
 from .planner import Planner
 from .store import RaggedKV, Store
@@ -19,7 +20,7 @@ _PER_TOKEN = ("k", "v", "pos", "state")
 
 def to_tensors(kv: RaggedKV) -> dict[str, Tensor]:
     """Everything needed to go on later: live rows only, sizes as tensors."""
-    store = kv.store
+    store = kv.store.segments
     starts = store.cu_seqlens_k.tolist()
     rows = [slice(a, a + n) for a, n in zip(starts, kv.lengths, strict=False)]
     overdue = (False,) * kv.batch_size if kv.overdue is None else kv.overdue.rows
@@ -28,7 +29,7 @@ def to_tensors(kv: RaggedKV) -> dict[str, Tensor]:
         "q_window": kv.q_window,
         "lse_window": kv.lse_window,
         "seen": torch.tensor(kv.seen),
-        "kept": torch.tensor(store.kept),
+        "kept": torch.tensor(kv.store.kept),
         "overdue": torch.tensor(overdue),
         "softmax_scale": torch.tensor(kv.softmax_scale, dtype=torch.float64),
         "num_updates": torch.tensor(kv.num_updates),
@@ -76,13 +77,12 @@ def from_tensors(
             flat[name][start : start + part.shape[0]] = part
     int32: Any = {"dtype": torch.int32, "device": device}
     old = kv.held
-    kv.store = Store(
+    segments = Segments(
         **flat,
         cu_seqlens_k=torch.tensor(ends, **int32),
         seqused_k=torch.tensor(kv.lengths, **int32),
-        slots=slots,
-        kept=kv.store.kept,
     )
+    kv.store = Store(segments, slots, kv.store.kept)
     kv.q_window, kv.lse_window = q_window.to(device), tensors["lse_window"].to(device)
     kv.ledger.replace(old, kv.held)
     return kv

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..policy import Policy, UpdateContext, check_num_kept
+from ..values import Segments, Window
 from .ledger import Ledger
 from .planner import CARRY, Due, Piece
 
@@ -23,23 +24,17 @@ ROLLBACK_TOKENS = 128
 class Store:
     """The tensors that an update replaces, and the host's knowledge about them."""
 
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    state: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
+    segments: Segments
     slots: tuple[int, ...]  # rows of each segment's slot, room included
     kept: tuple[int, ...]  # survivors of the last update of each segment
 
     @property
     def kv_bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return self.segments.k.nbytes + self.segments.v.nbytes
 
     @property
     def memory_bytes(self) -> int:
-        index = self.cu_seqlens_k.nbytes + self.seqused_k.nbytes
-        return self.pos.nbytes + self.state.nbytes + index
+        return sum(tensor.nbytes for tensor in self.segments) - self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +111,15 @@ class RaggedKV:
         capacity = num_segments * self.n_up
         real = torch.float64 if dtype == torch.float64 else torch.float32
         int32: Any = {"dtype": torch.int32, "device": device}
-        self.store = Store(
+        segments = Segments(
             k=torch.empty(capacity, head_dim, dtype=dtype, device=device),
             v=torch.empty(capacity, head_dim_v, dtype=dtype, device=device),
             pos=torch.empty(capacity, **int32),
             state=torch.empty(capacity, policy.num_state, dtype=real, device=device),
             cu_seqlens_k=torch.arange(0, capacity + 1, self.n_up, **int32),
             seqused_k=torch.zeros(num_segments, **int32),
-            slots=(self.n_up,) * num_segments,
-            kept=(0,) * num_segments,
         )
+        self.store = Store(segments, (self.n_up,) * num_segments, (0,) * num_segments)
         rows = CARRY + self.n_up if getattr(policy, "needs_window", True) else 0
         self.q_window = torch.zeros(
             batch_size, num_heads, rows, head_dim, dtype=dtype, device=device
@@ -177,11 +171,7 @@ class RaggedKV:
         """Put the piece's tokens behind the live rows of their segments."""
         if piece.columns is not None and piece.width != k.shape[2]:
             k, v = k[:, :, piece.columns], v[:, :, piece.columns]
-        s = self.store
-        ops.append_(
-            s.k, s.v, s.pos, s.state, s.seqused_k, s.cu_seqlens_k,
-            k, v, piece.first, piece.num_new, piece.pos_first,
-        )  # fmt: skip
+        ops.append_(self.store.segments, k, v, piece.first, piece.num_new, piece.pos_first)
         self.seen = piece.seen
         self.overdue = piece.due
 
@@ -196,10 +186,9 @@ class RaggedKV:
             self.q_window[:, :, piece.slot : end].copy_(q)
         else:
             lse = self.lse_window.new_empty(q.shape[:3])
-        s = self.store
         ops.attend_(
-            out, lse, q, s.k, s.v, s.pos, s.cu_seqlens_k, s.seqused_k,
-            piece.first, piece.num_new, piece.pos_first, softmax_scale=self.softmax_scale,
+            out, lse, q, self.store.segments, piece.first, piece.num_new, piece.pos_first,
+            softmax_scale=self.softmax_scale,
         )  # fmt: skip
         if windowed and piece.scatter is not None:
             rows, cols, slots = piece.scatter
@@ -217,16 +206,8 @@ class RaggedKV:
         """
         old = self.store
         context = UpdateContext(
-            q_window=self.q_window,
-            lse_window=self.lse_window,
-            k=old.k,
-            v=old.v,
-            pos=old.pos,
-            state=old.state,
-            cu_seqlens_k=old.cu_seqlens_k,
-            seqused_k=old.seqused_k,
-            pos_q=due.pos_q,
-            active=due.active,
+            segments=old.segments,
+            window=Window(self.q_window, self.lse_window, due.pos_q, due.active),
             softmax_scale=self.softmax_scale,
             layer_idx=self.layer_idx,
             num_kv_heads=self.num_kv_heads,
@@ -242,13 +223,13 @@ class RaggedKV:
         )
         slots = tuple(n + self.n_up for n in kept)
         ends = [0, *accumulate(slots)]
-        cu_seqlens_k = torch.tensor(ends, dtype=torch.int32, device=old.k.device)
-        k, v, pos, state_new = ops.compact(
-            old.k, old.v, old.pos, state, old.cu_seqlens_k, old.seqused_k,
-            keep, num_kept, cu_seqlens_k, capacity=ends[-1],
-        )  # fmt: skip
-        new = Store(k, v, pos, state_new, cu_seqlens_k, num_kept, slots, kept)
-        transient = scores.nbytes + keep.nbytes + (0 if state is old.state else state.nbytes)
+        cu_seqlens_k = torch.tensor(ends, dtype=torch.int32, device=num_kept.device)
+        scored = old.segments._replace(state=state)
+        compacted = ops.compact(scored, keep, num_kept, cu_seqlens_k, capacity=ends[-1])
+        new = Store(compacted, slots, kept)
+        transient = scores.nbytes + keep.nbytes
+        if state is not old.segments.state:
+            transient += state.nbytes
         self.ledger.add(new.kv_bytes, new.memory_bytes + transient)
         self.ledger.add(0, -transient)
         self._commit(new, due)
@@ -321,8 +302,9 @@ class RaggedKV:
             self._snapshots = self._snapshots[:depth]
         if any(excess):
             self.overdue = None
-            step = torch.tensor(excess, dtype=torch.int32, device=self.store.k.device)
-            self.store.seqused_k.sub_(step.repeat_interleave(self.num_kv_heads))
+            used = self.store.segments.seqused_k
+            step = torch.tensor(excess, dtype=torch.int32, device=used.device)
+            used.sub_(step.repeat_interleave(self.num_kv_heads))
         self.seen = target
 
     # Rows of the batch ---------------------------------------------------------------------------
@@ -332,25 +314,19 @@ class RaggedKV:
         self.forget_past()
         old, h = self.store, self.num_kv_heads
         ends = [0, *accumulate(old.slots)]
-        segments = [b * h + i for b in rows for i in range(h)]
-        slots = tuple(old.slots[s] for s in segments)
+        numbers = [b * h + i for b in rows for i in range(h)]
+        slots = tuple(old.slots[s] for s in numbers)
 
         def gather(x: Tensor) -> Tensor:
             return torch.cat([x[ends[b * h] : ends[(b + 1) * h]] for b in rows])
 
-        device = old.k.device
-        index = torch.tensor(segments, device=device)
-        row_index = torch.tensor(rows, device=device)
-        new = Store(
-            k=gather(old.k),
-            v=gather(old.v),
-            pos=gather(old.pos),
-            state=gather(old.state),
-            cu_seqlens_k=torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=device),
-            seqused_k=old.seqused_k[index],
-            slots=slots,
-            kept=tuple(old.kept[s] for s in segments),
-        )
+        used = old.segments.seqused_k
+        row_index = torch.tensor(rows, device=used.device)
+        cu_seqlens_k = torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=used.device)
+        used = used[torch.tensor(numbers, device=used.device)]
+        tokens = (gather(tensor) for tensor in old.segments.tokens)
+        segments = Segments._make((*tokens, cu_seqlens_k, used))
+        new = Store(segments, slots, tuple(old.kept[s] for s in numbers))
         window_bytes = self._window_bytes
         q_window, lse_window = self.q_window[row_index], self.lse_window[row_index]
         self.ledger.add(new.kv_bytes, new.memory_bytes + q_window.nbytes + lse_window.nbytes)
