@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("cma")
 
+import typer
 from namm_ext import (
     NAMM,
     Budget,
@@ -89,10 +90,14 @@ def test_info_names_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "evolve (cma): pip install 'namm_ext[evolve]'" in result.output
 
 
-def test_every_command_has_help() -> None:
-    for command in ("demo", "compare", "evolve", "train-lm", "info"):
-        result = CliRunner().invoke(app, [command, "--help"])
-        assert result.exit_code == 0, (command, result.output)
+def test_every_command_has_help_in_whole_sentences() -> None:
+    group = typer.main.get_command(app)
+    assert set(group.commands) == {"demo", "compare", "evolve", "train-lm", "info"}
+    for name, command in group.commands.items():
+        result = CliRunner().invoke(app, [name, "--help"])
+        assert result.exit_code == 0, (name, result.output)
+        for text in (command.help, *(parameter.help for parameter in command.params)):
+            assert re.fullmatch(r"[A-Z].+ .+ .+\.", text), (name, text)
 
 
 # What is wrong is said in one line -----------------------------------------------------------

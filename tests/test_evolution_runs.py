@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,7 +196,11 @@ def test_a_state_is_written_whole_or_not_at_all(
         file.write(b"half of it")
         raise OSError("no space left")
 
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), fsync(fd)))
+    def sync(fd: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(
         os, "replace", lambda *paths: (events.append(Path(paths[1]).name), move(*paths))
     )
@@ -207,7 +212,7 @@ def test_a_state_is_written_whole_or_not_at_all(
     events.clear()
     resumed = evolve(model, problem, CONFIG, finished)
     place = events.index("state.npz")
-    assert events[place - 1 : place + 2] == ["sync", "state.npz", "sync"]
+    assert events[place - 1 : place + 2] == ["file", "state.npz", "folder"]
     assert without_time(resumed.log) == without_time(evolve(model, problem, CONFIG).log)
 
 
@@ -313,7 +318,7 @@ def test_damaged_states_are_refused(model: Any, problem: RecordProblem, finished
 LOCKING = """
 import sys
 from namm_ext.evolution.run_folder import RunFolder
-with RunFolder(sys.argv[1]):
+with RunFolder.open(sys.argv[1]):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -328,7 +333,7 @@ def test_a_folder_belongs_to_one_process(
         try:
             assert other.stdout.readline() == "locked\n"
             assert failure(model, problem, CONFIG, finished) == (
-                f"evolve: another process works on the run in {finished}"
+                f"another process works on the run in {finished}"
             )
         finally:
             other.kill()  # a lock does not outlive its process
@@ -431,9 +436,10 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(
 
 def test_locks_and_temporary_files_are_no_runs(tmp_path: Path) -> None:
     """A process that was killed while it looked at a folder leaves nothing in the way."""
-    (tmp_path / run_folder.LOCK_FILE).write_text("")
-    with run_folder.RunFolder(tmp_path) as folder:
+    for name in (".lock", ".config.json.new"):
+        (tmp_path / name).write_text("")
+    with run_folder.RunFolder.open(tmp_path) as folder:
         folder.check({"popsize": 4})
-    with run_folder.RunFolder(tmp_path) as folder:
+    with run_folder.RunFolder.open(tmp_path) as folder:
         folder.check({"popsize": 8})  # nothing had been begun
     assert json.loads((tmp_path / "config.json").read_text())["popsize"] == 8

@@ -11,6 +11,7 @@ from namm_ext import corpus, tasks, zoo
 
 pytest.importorskip("transformers")
 
+from namm_ext._files import lock_folder
 from namm_ext.zoo import evaluate_lm as evaluation
 from namm_ext.zoo import train_lm as recipe
 
@@ -198,6 +199,11 @@ def test_resumed_training_equals_an_unbroken_one(tmp_path):
     other = recipe._Run(tmp_path / "resumed", 4, recipe.QUICK_STAGES, recipe.LMConfig(), None)
     with pytest.raises(ValueError, match="other arguments"):
         other.resume()
+
+
+def test_a_training_has_its_folder_for_itself(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match="another process works on"):
+        recipe.train_lm(tmp_path, quick=True)
 
 
 def test_stage_lengths_must_fill_a_step():

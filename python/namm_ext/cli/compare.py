@@ -20,50 +20,54 @@ def compare(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="A memory, as in demo. The option may be repeated.",
+            help="This memory is compared. The option may be repeated.",
             show_default="the bundled one",
         ),
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="A baseline. The option may be repeated.", show_default="all"),
+        typer.Option(
+            help="This baseline is compared. The option may be repeated.", show_default="all"
+        ),
     ] = None,
     model: Model = None,
     length: Annotated[
         list[int] | None,
-        typer.Option(help="How many tokens a context has. The option may be repeated."),
+        typer.Option(help="A context has so many tokens. The option may be repeated."),
     ] = None,
     family: Annotated[
         list[str] | None,
-        typer.Option(help="A task family. The option may be repeated.", show_default="all"),
+        typer.Option(
+            help="This task family is asked for. The option may be repeated.", show_default="all"
+        ),
     ] = None,
-    examples: Annotated[int, typer.Option(help="How many contexts a family has.", min=1)] = 6,
+    examples: Annotated[int, typer.Option(help="A family has so many contexts.", min=1)] = 6,
     records: Annotated[
-        int, typer.Option(help="How many records are asked for.", min=1)
+        int, typer.Option(help="So many records are asked for in a context.", min=1)
     ] = IN_USE.num_records,
     mentions: Annotated[
-        int, typer.Option(help="How many lines state each of them.", min=1)
+        int, typer.Option(help="So many lines state each of these records.", min=1)
     ] = IN_USE.mentions,
     idle: Annotated[
-        int, typer.Option(help="How many records per 1,024 tokens are never asked for.", min=0)
+        int, typer.Option(help="So many records per 1,024 tokens are never asked for.", min=0)
     ] = IN_USE.idle_per_1024,
     windows: Annotated[
-        int, typer.Option(help="How many windows of source code are read.", min=1)
+        int, typer.Option(help="So many windows of source code are read.", min=1)
     ] = 8,
     split: Annotated[
-        str, typer.Option(help="Whose documents are read: test or validation.")
+        str, typer.Option(help="The documents are those of test or of validation.")
     ] = "test",
     keep: Keep = 0.25,
     layer_share: Annotated[
         list[float] | None,
         typer.Option(
-            help="The part of the budget that a layer gets, with mean 1. The option is given once "
+            help="A layer gets this part of the budget, with mean 1. The option is given once "
             "per layer and holds for all memories.",
             show_default="the memory's",
         ),
     ] = None,
     repeats: Annotated[
-        int, typer.Option(help="How often times are measured. 0 leaves them out.", min=0)
+        int, typer.Option(help="Times are measured so often. With 0 they are left out.", min=0)
     ] = 3,
     tune: Annotated[
         bool,

@@ -25,18 +25,22 @@ from .shared import (
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Everything is done with less, in a minute.")
+        bool, typer.Option("--quick", help="Less is read, and all is done in a minute.")
     ] = False,
     json_file: Json = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="The folder of the evolved memory.", show_default="runs/demo-TIME"),
+        typer.Option(
+            help="The evolved memory is kept in this folder.", show_default="runs/demo-TIME"
+        ),
     ] = None,
     model: Model = None,
     policy: Policy = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="How long the evolution goes on.", show_default="60, quick 10"),
+        typer.Option(
+            help="The evolution goes on for so many seconds.", show_default="60, quick 10"
+        ),
     ] = None,
     threads: Threads = None,
 ) -> None:

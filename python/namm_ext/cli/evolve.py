@@ -24,15 +24,15 @@ def evolve(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of text files. The memory is evolved to keep this text likely.",
+            help="The memory is evolved to keep the text of this folder's files likely.",
             show_default="hidden records",
         ),
     ] = None,
     jsonl: Annotated[
         Path | None,
         typer.Option(
-            help='A file with {"prompt": ..., "answer": ...} on each line. The memory is evolved '
-            "to keep the answers likely.",
+            help="The memory is evolved to keep the answers in this file likely. Each of its lines "
+            'is {"prompt": ..., "answer": ...}.',
             show_default="hidden records",
         ),
     ] = None,
@@ -53,32 +53,33 @@ def evolve(
     ] = False,
     model: Model = None,
     generations: Annotated[
-        int, typer.Option(help="How many generations the run has in all.", min=1)
+        int, typer.Option(help="The run has so many generations in all.", min=1)
     ] = 100,
-    popsize: Annotated[int, typer.Option(help="How many candidates a generation has.", min=4)] = 16,
-    sigma: Annotated[
-        float, typer.Option(help="The step size that the search starts with.")
-    ] = 0.065,
-    seed: Annotated[int, typer.Option(help="The seed of the search and of its batches.")] = 0,
+    popsize: Annotated[int, typer.Option(help="A generation has so many candidates.", min=4)] = 16,
+    sigma: Annotated[float, typer.Option(help="The search starts with this step size.")] = 0.065,
+    seed: Annotated[int, typer.Option(help="Search and batches depend on this seed.")] = 0,
     length: Annotated[
         list[int] | None,
         typer.Option(
-            help="How many tokens a context has. The option may be repeated. With --jsonl, "
+            help="A context has so many tokens. The option may be repeated. With --jsonl, "
             "contexts are as long as they are.",
             show_default="256 512 1024",
         ),
     ] = None,
-    n_up: Annotated[int, typer.Option(help="How many tokens lie between two updates.")] = 64,
+    n_up: Annotated[int, typer.Option(help="So many tokens lie between two updates.")] = 64,
     keep: Keep = 0.25,
     scope: Annotated[
-        str, typer.Option(help="Who shares the budget: per_head or per_layer.")
+        str,
+        typer.Option(help="The budget is per_head, or the heads of a layer share it: per_layer."),
     ] = "per_layer",
     features: Annotated[
-        str, typer.Option(help="How the features are transformed: none or log.")
+        str, typer.Option(help="The features are taken as they are (none) or as logarithms (log).")
     ] = "log",
     imitate: Annotated[
         bool,
-        typer.Option(help="Whether the start is fitted, by gradient, to the attention of tokens."),
+        typer.Option(
+            help="The search starts from a fit, by gradient, to the attention that tokens will get."
+        ),
     ] = True,
     threads: Threads = None,
 ) -> None:

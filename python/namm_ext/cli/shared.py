@@ -16,29 +16,28 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The language model: a name of the zoo, a folder of transformers or a GGUF file.",
+        help="The language model is one of the zoo, a folder of transformers or a GGUF file.",
         show_default="the bundled one",
     ),
 ]
 Policy = Annotated[
     str | None,
     typer.Option(
-        help="The memory: bundled:NAME, a folder, or an id of the hub.",
+        help="The memory is bundled:NAME, a folder or an id of the hub.",
         show_default="the bundled one",
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="How many CPU threads are used.", show_default="torch's choice"),
+    typer.Option(help="So many CPU threads are used.", show_default="torch's choice"),
 ]
 Keep = Annotated[
-    float, typer.Option(help="The share of a context's tokens that a head may keep, on average.")
+    float, typer.Option(help="A head may keep this share of a context's tokens, on average.")
 ]
-Json = Annotated[
-    Path | None, typer.Option("--json", help="A file that all figures are written to.")
-]
+Json = Annotated[Path | None, typer.Option("--json", help="All figures are written to this file.")]
 Output = Annotated[
-    Path, typer.Argument(help="The folder of the run. A run that is there already is resumed.")
+    Path,
+    typer.Argument(help="The run is kept in this folder. A run that is there already is resumed."),
 ]
 
 

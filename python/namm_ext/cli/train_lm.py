@@ -12,7 +12,7 @@ from .shared import Output, Threads, make_console, need, set_threads
 
 def train_lm(
     output: Output,
-    seed: Annotated[int, typer.Option(help="The seed of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Weights and data depend on this seed.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Only two steps are made, to see that it runs.")
     ] = False,

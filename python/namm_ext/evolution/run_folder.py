@@ -9,65 +9,56 @@
     policy/        the memory that validated best so far
     .lock          held by the process that works on the run
 
-A file is written beside its place, synced and moved there, so it is whole at any moment.
+Each file is whole at any moment (:func:`namm_ext._files.write_file`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from .._files import lock_folder, write_file
+
 CONFIG_FILE, FIT_FILE, STATE_FILE = "config.json", "fit.npz", "state.npz"
-LOG_FILE, LOCK_FILE, POLICY_DIR = "log.jsonl", ".lock", "policy"
+LOG_FILE, POLICY_DIR = "log.jsonl", "policy"
 FORMAT = "namm_ext.evolve 2"
 
 
 class RunFolder:
-    """A folder that this process alone works on, from `__enter__` to `__exit__`.
+    """The files of a run; :meth:`open` makes one."""
 
-    Args:
-        path: made if it is missing; otherwise empty or with a run in it.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.policy = path / POLICY_DIR
 
-    Raises:
-        ValueError: if it holds something else or another process works on it.
-    """
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | os.PathLike[str]) -> Iterator[RunFolder]:
+        """A folder that this process alone works on, to the end of the ``with`` block.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.policy = self.path / POLICY_DIR
+        Args:
+            path: made if it is missing; otherwise empty or with a run in it.
 
-    def __enter__(self) -> RunFolder:
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"evolve: output_dir must be a folder, got the file {self.path}")
-        self.path.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in self.path.iterdir()} - {LOCK_FILE}
-        if names and not self._holds_run():
+        Raises:
+            ValueError: if it holds something else or another process works on it.
+        """
+        folder = cls(Path(path))
+        if folder.path.is_file():
+            raise ValueError(f"evolve: output_dir must be a folder, got the file {folder.path}")
+        names = [path.name for path in folder.path.glob("[!.]*")]
+        if names and not folder._holds_run():
             raise ValueError(
-                f"evolve: output_dir must be empty or hold a run, got {self.path} with "
-                f"{sorted(names)[0]}"
+                f"evolve: output_dir must be empty or hold a run, got {folder.path} with "
+                f"{min(names)}"
             )
-        self._lock = open(self.path / LOCK_FILE, "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise ValueError(f"evolve: another process works on the run in {self.path}") from error
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.close()
+        with lock_folder(folder.path):
+            yield folder
 
     def _holds_run(self) -> bool:
         if (self.path / STATE_FILE).exists() or (self.path / FIT_FILE).exists():
@@ -146,21 +137,6 @@ class RunFolder:
         """A run that is killed between state and log lacks a line, or has half of one."""
         text = "".join(_json(record) + "\n" for record in records)
         write_file(self.path / LOG_FILE, lambda file: file.write(text.encode()))
-
-
-def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace a file as a whole: whoever reads, now or after a crash, sees the old or the new."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _json(value: Any, **options: Any) -> str:

@@ -157,7 +157,7 @@ def evolve(
         `TextProblem` has one of ten lines.
     """
     _check(model, problem, config, x0, policy_of)
-    with nullcontext() if output_dir is None else RunFolder(output_dir) as folder:
+    with nullcontext() if output_dir is None else RunFolder.open(output_dir) as folder:
         run = _Run(model, problem, config, folder, x0, policy_of)
         run.start(on_imitation)
         with patch(model, run.policy()):

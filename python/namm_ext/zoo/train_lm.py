@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._files import lock_folder, write_file
 from ..corpus import load_documents
 from ..tasks import (
     EVOLUTION_FAMILIES,
@@ -140,28 +140,29 @@ def train_lm(
     """
     from .evaluate_lm import evaluate_lm
 
-    config = config or LMConfig()
-    run = _Run(Path(output_dir), seed, QUICK_STAGES if quick else stages, config, on_log)
-    run.resume()
-    while run.step < run.total_steps:
-        run.train_step()
-        if run.step % checkpoint_every == 0:
-            run.save_checkpoint()
-    run.save_checkpoint()  # measuring may be interrupted as well
-    run.save_model(run.folder)
+    folder = Path(output_dir)
+    with lock_folder(folder):
+        run = _Run(folder, seed, QUICK_STAGES if quick else stages, config or LMConfig(), on_log)
+        run.resume()
+        while run.step < run.total_steps:
+            run.train_step()
+            if run.step % checkpoint_every == 0:
+                run.save_checkpoint()
+        run.save_checkpoint()  # measuring may be interrupted as well
+        run.save_model(folder)
 
-    lengths = (256,) if quick else (256, 512, 1024, 2048)
-    metrics = evaluate_lm(
-        run.model.to(torch.bfloat16).float(),  # the weights as they are stored
-        run.tokenizer,
-        lengths=lengths,
-        examples_per_family=2 if quick else 24,
-        text_windows=2 if quick else 96,
-    )
-    metrics["training"] = run.facts()
-    _write_json(run.folder / "metrics.json", metrics)
-    run.checkpoint.unlink(missing_ok=True)
-    return run.folder
+        lengths = (256,) if quick else (256, 512, 1024, 2048)
+        metrics = evaluate_lm(
+            run.model.to(torch.bfloat16).float(),  # the weights as they are stored
+            run.tokenizer,
+            lengths=lengths,
+            examples_per_family=2 if quick else 24,
+            text_windows=2 if quick else 96,
+        )
+        metrics["training"] = run.facts()
+        _write_json(folder / "metrics.json", metrics)
+        run.checkpoint.unlink(missing_ok=True)
+    return folder
 
 
 @dataclass
@@ -288,9 +289,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        unfinished = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.checkpoint)
+        write_file(self.checkpoint, lambda file: torch.save(state, file))
 
     def resume(self) -> None:
         """Continue from a checkpoint in the folder, or begin a new log."""
