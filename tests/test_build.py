@@ -111,8 +111,8 @@ FLOORS = [
     {"ops"},
     {"testing", "policy", "ragged", "baselines"},
     {"cache", "patching", "report", "integrations"},
-    {"corpus", "tasks"},
-    {"evolution"},
+    {"corpus", "library", "tasks"},
+    {"answers", "evolution"},
 ]
 TRANSFORMERS_FLOOR = 4
 ALLOWED = {
