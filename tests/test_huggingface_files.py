@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
-from namm_ext import Budget, NAMMCache
+from namm_ext import NAMM, Budget, NAMMCache
 from namm_ext.baselines import StreamingLLM
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,29 @@ def test_hybrid(tmp_path):
 def test_empty_cache(model, policy, tmp_path):
     NAMMCache(model, policy).save(tmp_path / "memory.safetensors")
     assert NAMMCache.load(tmp_path / "memory.safetensors", model, policy).get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", ["reference", "global", "per_layer"])
+@torch.no_grad()
+def test_fingerprints_of_version_1_are_known(model, name, tmp_path):
+    """A cache written before budgets were values names its policy by another hash."""
+    data = Path(__file__).parent / "data" / "version_1"
+    policy = NAMM.from_pretrained(data / name)
+    path = tmp_path / "memory.safetensors"
+    cache = NAMMCache(model, policy)
+    model(tokens(1, 45), past_key_values=cache)
+    cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["namm"])
+    written = json.loads((data / "expected.json").read_text())[name]["fingerprint"]
+    for fingerprint, known in ((written, True), ("0" * 16, False)):
+        metadata["policy"] = fingerprint
+        save_file(load_file(path), path, {"namm": json.dumps(metadata)})
+        if known:
+            assert NAMMCache.load(path, model, policy).get_seq_length() == 45
+        else:
+            with pytest.raises(ValueError, match="filled with another policy"):
+                NAMMCache.load(path, model, policy)
 
 
 @torch.no_grad()
