@@ -1,11 +1,18 @@
-"""What a layer shows a policy at an update, made up: no model, no cache."""
+"""What a layer shows a policy at an update, made up, and policies for it: no model, no cache."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
+from namm_ext import NAMM, Budget, NAMMConfig, reference
 from namm_ext.policy import UpdateContext
 from namm_ext.values import Segments, Window
 from torch import Tensor
+
+NONFINITE = torch.zeros(4172)
+NONFINITE[[1, 5]] = torch.tensor([math.nan, math.inf])
 
 SPARE = 3  # free slots behind the live rows of a segment
 
@@ -63,3 +70,18 @@ def kept_positions(keep: Tensor, ctx: UpdateContext) -> list[list[int]]:
     """Positions that stay, of each segment."""
     pos = ctx.segments.pos
     return [pos[rows][keep[rows].bool()].tolist() for rows in ctx.segments.slices()]
+
+
+def expected_state(ctx: UpdateContext, ema_coeff: float) -> Tensor:
+    return reference.spectrogram(ctx.window, ctx.segments, softmax_scale=0.3, ema_coeff=ema_coeff)
+
+
+def with_due(ctx: UpdateContext, due: tuple[bool, ...]) -> UpdateContext:
+    window = ctx.window._replace(active=torch.tensor(due))
+    return dataclasses.replace(ctx, window=window, due=due)
+
+
+def random_namm(budget: Budget | None = None, **changes) -> NAMM:
+    settings = NAMMConfig(**changes)
+    params = torch.randn(settings.num_params) * 0.3
+    return NAMM(settings, params, torch.rand(17), torch.rand(17) + 0.1, 12, budget=budget)
