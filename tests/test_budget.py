@@ -53,6 +53,9 @@ BAD = [
         {"layer_shares": (1.0, 2.0), "size": 9},
         "layer_shares must be positive numbers with mean 1, one per layer, got (1.0, 2.0)",
     ),
+    ({"size": 2**31}, f"size must be at most {2**31 - 1}, as positions are int32, got {2**31}"),
+    ({"sink_tokens": 2**40}, f"sink_tokens must be at most {2**31 - 1}, as positions are int32, "
+     f"got {2**40}"),
     ({"sink_tokens": -1}, "sink_tokens must be an int of at least 0, got -1"),
     ({"recent_tokens": 1.5}, "recent_tokens must be an int of at least 0 or a float in [0, 1], "
      "got 1.5"),

@@ -53,15 +53,21 @@ BAD_CONFIGS = [
     ({"ema_coeff": 1.0}, "ema_coeff must be a number in (0, 1), got 1.0"),
     ({"ema_coeff": "x"}, "ema_coeff must be a number in (0, 1), got 'x'"),
     ({"scorer": "gnn"}, "scorer must be 'bam' or 'mlp', got 'gnn'"),
-    ({"mlp_hidden": 0}, "mlp_hidden must be an int of at least 1, got 0"),
-    ({"mlp_depth": 0}, "mlp_depth must be an int of at least 1, got 0"),
+    ({"mlp_hidden": 0}, "mlp_hidden must be an int in [1, 65536], got 0"),
+    ({"mlp_depth": 0}, "mlp_depth must be an int in [1, 65536], got 0"),
+    ({"mlp_depth": 2**40}, f"mlp_depth must be an int in [1, 65536], got {2**40}"),
+    (
+        {"scorer": "mlp", "mlp_hidden": 65536, "mlp_depth": 3},
+        "mlp_depth must be at most what makes 2147483647 parameters, got 3",
+    ),
     ({"mlp_bias": 1}, "mlp_bias must be a bool, got 1"),
     (
         {"mlp_residual_first": True, "mlp_depth": 2, "mlp_hidden": 16},
         "mlp_hidden must be 25 with mlp_residual_first, got 16",
     ),
     ({"feature_transform": "sqrt"}, "feature_transform must be 'none' or 'log', got 'sqrt'"),
-    ({"log_eps": 0.0}, "log_eps must be a positive number, got 0.0"),
+    ({"log_eps": 0.0}, "log_eps must be a float32 in [1.2e-38, 3.4e+38], got 0.0"),
+    ({"log_eps": 1e300}, "log_eps must be a float32 in [1.2e-38, 3.4e+38], got 1e+300"),
 ]
 
 

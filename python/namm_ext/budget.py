@@ -10,6 +10,7 @@ from typing import Any
 
 SCOPES = ("per_head", "per_layer", "global")
 SELECTIONS = ("ragged", "original")
+_MOST_TOKENS = (1 << 31) - 1
 
 
 def is_int(value: object) -> bool:
@@ -134,6 +135,9 @@ class Budget:
             is_number(self.threshold) and math.isfinite(self.threshold)
         ):
             _fail("threshold", "a finite number or None", self.threshold)
+        for name in ("size", "sink_tokens", "recent_tokens"):
+            if (getattr(self, name) or 0) > _MOST_TOKENS:
+                _fail(name, f"at most {_MOST_TOKENS}, as positions are int32", getattr(self, name))
         if not isinstance(self.protect_newest, bool):
             _fail("protect_newest", "a bool", self.protect_newest)
 

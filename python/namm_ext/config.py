@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,10 @@ _HOP = 16
 _NUM_BINS = 17
 _NUM_FEATURES = 8 + _NUM_BINS
 _NUM_BAM_PARAMS = 4172
+# The ops take no wider or deeper MLP, and compute in float32: here its normal numbers.
+_MOST_UNITS = 1 << 16
+_MOST_PARAMS = (1 << 31) - 1
+_FLOAT32 = 1.2e-38, 3.4e38
 
 
 def _fail(name: str, expected: str, got: object) -> None:
@@ -32,12 +35,12 @@ class NAMMConfig:
         n_up: real tokens between two updates; a positive multiple of 16.
         ema_coeff: decay of the spectral features per token, in (0, 1).
         scorer: "bam" (attention over newer tokens) or "mlp".
-        mlp_hidden: width of the hidden layers of the MLP.
-        mlp_depth: layers of the MLP; 1 is a linear map.
+        mlp_hidden: width of the hidden layers of the MLP, at most 65,536.
+        mlp_depth: layers of the MLP, at most 65,536; 1 is a linear map.
         mlp_bias: whether the layers of the MLP have biases.
         mlp_residual_first: add the input to the first hidden layer; needs ``mlp_hidden == 25``.
         feature_transform: "none", or "log" for ``log(ema + log_eps)`` before the normalisation.
-        log_eps: positive; only used by "log".
+        log_eps: a positive float32; only used by "log".
 
     Raises:
         ValueError: if a field is outside its range or two of them contradict each other.
@@ -78,12 +81,15 @@ class NAMMConfig:
                 _fail(name, "a bool", value)
         for name in ("mlp_hidden", "mlp_depth"):
             value = getattr(self, name)
-            if not is_int(value) or value < 1:
-                _fail(name, "an int of at least 1", value)
-        if not is_number(self.log_eps) or not 0.0 < self.log_eps < math.inf:
-            _fail("log_eps", "a positive number", self.log_eps)
+            if not is_int(value) or not 1 <= value <= _MOST_UNITS:
+                _fail(name, f"an int in [1, {_MOST_UNITS}]", value)
+        least, most = _FLOAT32
+        if not is_number(self.log_eps) or not least <= self.log_eps <= most:
+            _fail("log_eps", f"a float32 in [{least}, {most}]", self.log_eps)
         if self.mlp_residual_first and self.mlp_depth > 1 and self.mlp_hidden != _NUM_FEATURES:
             _fail("mlp_hidden", f"{_NUM_FEATURES} with mlp_residual_first", self.mlp_hidden)
+        if self.num_params > _MOST_PARAMS:
+            _fail("mlp_depth", f"at most what makes {_MOST_PARAMS} parameters", self.mlp_depth)
 
     @property
     def num_bins(self) -> int:

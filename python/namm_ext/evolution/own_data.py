@@ -40,6 +40,7 @@ class TextProblem(SizedProblem):
     Example:
         A memory for one's own text::
 
+            import namm_ext
             from namm_ext import zoo
             from namm_ext.evolution import EvolveConfig, ImitateConfig, TextProblem, evolve
 
@@ -47,8 +48,9 @@ class TextProblem(SizedProblem):
             problem = TextProblem("my/notes", tokenizer, lengths=(512, 1024))
             config = EvolveConfig(generations=50, imitation=ImitateConfig())
             result = evolve(model, problem, config, "runs/notes")
+            inputs = tokenizer("A text to go on with", return_tensors="pt")
             with namm_ext.patch(model, result.policy):
-                model.generate(ids, max_new_tokens=100)
+                model.generate(**inputs, max_new_tokens=100)
     """
 
     metric: ClassVar[str] = "text_ll"
