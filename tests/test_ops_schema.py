@@ -13,6 +13,7 @@ from namm_ext._library import libraries
 from namm_ext.values import Segments, Window
 
 OPS = libraries.ops
+IN_PLACE = ("append_", "attend_", "gate_")
 #: What the fields of a window are called as arguments of an op.
 WINDOW = ("q_window", "lse_window", "pos_q", "active")
 
@@ -23,9 +24,9 @@ def schema(op):
 
 def sample(op, case="ragged", dtype=torch.float32, device="cpu"):
     """Arguments by name. Functional ops get stores without room: dead rows are unspecified."""
-    grows = op in ("append_", "attend_")
-    store = testing.ragged_store(case, dtype=dtype, device=device, room=4 if grows else 0)
-    if grows:
+    in_place = op in IN_PLACE
+    store = testing.ragged_store(case, dtype=dtype, device=device, room=4 if in_place else 0)
+    if in_place:
         # opcheck compares all of a mutated argument, and NaN differs from itself.
         for tensor in (store.k, store.v, store.state):
             tensor.nan_to_num_()
@@ -49,7 +50,15 @@ def sample(op, case="ragged", dtype=torch.float32, device="cpu"):
         "keep": torch.ones(store.capacity, dtype=torch.uint8, device=device),
         "num_kept": store.seqused_k.clone(), "cu_seqlens_new": store.cu_seqlens_k.clone(),
         "capacity": store.capacity,
+        "weight": testing.bank(2, 100, device=device), "rotary_dim": 16, "interleaved": False,
+        "eps": 1e-6,
     }  # fmt: skip
+    if op == "gate_":
+        count = int(store.seqused_k[:2].min())
+        known |= {
+            "pos": testing.same_newest(store, count).pos, "num_new": count,
+            "bias": torch.ones(2, device=device),
+        }  # fmt: skip
     return {argument.name: known[argument.name] for argument in schema(op).arguments}
 
 
@@ -164,7 +173,7 @@ def test_wrapper_reference_and_schema_agree(op):
 def test_docstrings_have_their_parts_in_order(op):
     text = inspect.getdoc(getattr(ops, op))
     parts = ["Args:", "Raises:", "Example:"]
-    if op not in ("append_", "attend_"):
+    if op not in IN_PLACE:
         parts.insert(1, "Returns:")
     found = re.findall(r"^(Args|Returns|Raises|Example):$", text, re.MULTILINE)
     assert [f"{name}:" for name in found] == parts
@@ -230,6 +239,21 @@ BAD = [
     ("mlp_scores", "hidden", lambda x: 24, "hidden must be 25 with residual_first, got 24"),
     ("mlp_scores", "hidden", lambda x: 0, "hidden must be in [1, 65536], got 0"),
     ("mlp_scores", "depth", lambda x: 0, "depth must be in [1, 65536], got 0"),
+    ("gate_", "state", lambda t: t[:, :0],
+     "number of state columns must be in [1, 2147483647], got 0"),
+    ("gate_", "k", lambda t: t.int(), "k must be float32, bfloat16 or float16, got int32"),
+    ("gate_", "v", lambda t: t.half(), "v must be float32, got float16"),
+    ("gate_", "pos", lambda t: t[1:], "pos must have shape [251], got [250]"),
+    ("gate_", "active", lambda t: t.int(), "active must be bool, got int32"),
+    ("gate_", "weight", lambda t: t[:, 1:].contiguous(),
+     "weight must have shape [2, 100], got [2, 99]"),
+    ("gate_", "weight", lambda t: t.double(), "weight must be float32, got float64"),
+    ("gate_", "bias", lambda t: t[1:], "bias must have shape [2], got [1]"),
+    ("gate_", "num_new", lambda x: -1, "num_new must be in [0, 2147483647], got -1"),
+    ("gate_", "rotary_dim", lambda x: 15, "rotary_dim must be even and in [0, 24], got 15"),
+    ("gate_", "rotary_dim", lambda x: 26, "rotary_dim must be even and in [0, 24], got 26"),
+    ("gate_", "eps", lambda x: math.nan, "eps must be finite, got nan"),
+    ("gate_", "eps", lambda x: -1.0, "eps must not be negative, got -1"),
     ("select", "scores", lambda t: t.half(), "scores must be float32, got float16"),
     ("select", "pos", lambda t: t[1:], "pos must have shape [235], got [234]"),
     ("compact", "keep", lambda t: t.bool(), "keep must be uint8, got bool"),

@@ -21,6 +21,16 @@ Isa current_isa();
 // False, and nothing happens, if this CPU lacks it.
 bool set_isa(Isa isa);
 
+// The entry of a table, one per instruction set, for the set in force: its own, or the next lower
+// one there is. Null entries have none of their own; the first one, the baseline, is never null.
+template <class Pointer, int kSize>
+Pointer version_in_force(const Pointer (&table)[kSize]) {
+  int i = static_cast<int>(current_isa());
+  if (i >= kSize) i = kSize - 1;
+  while (table[i] == nullptr) --i;
+  return table[i];
+}
+
 // "base", "avx2", "avx512", "avx512bf16", "amx".
 const char* isa_name(Isa isa);
 bool parse_isa(const char* name, Isa* isa);

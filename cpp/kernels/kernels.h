@@ -17,6 +17,7 @@ void spectrogram(const SpectrogramParams& params, Parallel parallel);
 void attention_received(const ReceivedParams& params, Parallel parallel);
 void bam_scores(const ScoreParams& params, Parallel parallel);
 void mlp_scores(const ScoreParams& params, Parallel parallel);
+void gate(const GateParams& params, Parallel parallel);
 void select(const SelectParams& params, Parallel parallel);
 void compact(const CompactParams& params, Parallel parallel);
 

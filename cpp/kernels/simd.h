@@ -5,8 +5,8 @@
 // never hand AVX-512 code to a machine without it. No std header is included for the same reason.
 //
 // Numerics  exp2 has a relative error of at most 2e-7 for results above 2^-126, and returns 2^-126
-// for
-//           smaller ones; NaN stays NaN. fp16 and bf16 stores round to nearest even.
+//           for smaller ones; log is within 2 ulp; NaN stays NaN. fp16 and bf16 stores round to
+//           nearest even.
 // Limits    GCC 12 or Clang 15 (vector extensions, __builtin_shufflevector); little endian.
 #pragma once
 
@@ -173,6 +173,20 @@ NAMM_INLINE void store_first(T* p, VecF x, int n) {
   __builtin_memcpy(p, part, n * sizeof(T));
 }
 
+// The same for any n >= 0, whole vectors included.
+template <typename T>
+NAMM_INLINE VecF load_upto(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, static_cast<int>(n));
+}
+template <typename T>
+NAMM_INLINE void store_upto(T* p, VecF x, int64_t n) {
+  if (n >= kLanes) {
+    store(p, x);
+  } else {
+    store_first(p, x, static_cast<int>(n));
+  }
+}
+
 NAMM_INLINE float to_float(float x) { return x; }
 NAMM_INLINE float to_float(BFloat16 x) {
   const uint32_t u = uint32_t{x.bits} << 16;
@@ -330,6 +344,45 @@ NAMM_INLINE void transpose(VecF (&row)[kLanes]) {
   row[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
   row[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 #endif
+}
+
+// -------- sqrt and log
+
+NAMM_INLINE VecF sqrt(VecF x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecF>(_mm512_maskz_sqrt_ps(0xffff, reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecF>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// log(x) for x > 0 (subnormal numbers included); -inf for 0, NaN below.
+NAMM_INLINE VecF log(VecF x) {
+  const VecI subnormal = x < 0x1p-126f;
+  const VecF y = select(subnormal, x * 0x1p64f, x);
+  const VecI bits = reinterpret_cast<VecI>(y);
+  // y = 2^e m with m in [sqrt(1/2), sqrt(2)).
+  const VecI shifted = bits - 0x3f3504f3;
+  const VecI e = (shifted >> 23) - (subnormal & 64);
+  const VecF f = reinterpret_cast<VecF>((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  VecF p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const VecF exponent = __builtin_convertvector(e, VecF), f2 = f * f;
+  VecF result = f * f2 * p + exponent * -2.12194440e-4f - 0.5f * f2;
+  result = f + result + exponent * 0.693359375f;
+  result = select(x == __builtin_inff(), x, result);
+  result = select(x == 0.0f, splat(-__builtin_inff()), result);
+  return select(x >= 0.0f, result, splat(__builtin_nanf("")));
 }
 
 // -------- exp2

@@ -50,6 +50,11 @@ ScoreParams check_mlp_scores(const Tensor& state, const Tensor& pos, const Tenso
                              const Tensor& active, bool log_transform, double log_eps,
                              int64_t hidden, int64_t depth, bool bias, bool residual_first);
 
+GateParams check_gate(const Tensor& state, const Tensor& k, const Tensor& v, const Tensor& pos,
+                      const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& active,
+                      const Tensor& weight, const Tensor& bias, int64_t num_new, int64_t rotary_dim,
+                      bool interleaved, double eps);
+
 SelectParams check_select(const Tensor& scores, const Tensor& pos, const Tensor& cu_seqlens_k,
                           const Tensor& seqused_k, const Tensor& active, double threshold,
                           int64_t cache_size, const std::string& budget, bool fill,

@@ -33,6 +33,11 @@ STABLE_TORCH_LIBRARY(namm_ext, m) {
       "Tensor params, Tensor param_index, Tensor mean, Tensor var, Tensor active, "
       "bool log_transform, float log_eps, int hidden, int depth, bool bias, "
       "bool residual_first) -> Tensor");
+  // Linear gate of the newest tokens, into the last column of the state.
+  m.def(
+      "gate_(Tensor(a!) state, Tensor k, Tensor v, Tensor pos, Tensor cu_seqlens_k, "
+      "Tensor seqused_k, Tensor active, Tensor weight, Tensor bias, int num_new, int rotary_dim, "
+      "bool interleaved, float eps) -> ()");
   // Which live rows stay.
   m.def(
       "select(Tensor scores, Tensor pos, Tensor cu_seqlens_k, Tensor seqused_k, Tensor active, "

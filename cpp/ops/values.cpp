@@ -62,6 +62,27 @@ void check_values(const char* op, const ScoreParams& p, int64_t capacity) {
   }
 }
 
+void check_values(const GateParams& p, int64_t capacity) {
+  check_values("gate_", p.seg, capacity);
+  for (int32_t b = 0; b < p.seg.batch_size; ++b) {
+    if (!p.active[b]) continue;
+    const int64_t first = int64_t{b} * p.seg.num_kv_heads;
+    const int32_t* pos = nullptr;  // of the new rows of the first head
+    for (int64_t s = first; s < first + p.seg.num_kv_heads; ++s) {
+      const int32_t live = p.seg.seqused_k[s];
+      STD_TORCH_CHECK(p.num_new <= live, "gate_: num_new must be at most the ", live,
+                      " live rows of segment ", s, ", got ", p.num_new);
+      const int32_t* row = p.pos + p.seg.cu_seqlens_k[s] + live - p.num_new;
+      if (pos == nullptr) pos = row;
+      for (int32_t i = 0; i < p.num_new; ++i) {
+        STD_TORCH_CHECK(row[i] == pos[i], "gate_: pos must be equal in the newest ", p.num_new,
+                        " rows of the heads of batch row ", b, ", got ", row[i], " in segment ", s,
+                        " and ", pos[i], " in segment ", first);
+      }
+    }
+  }
+}
+
 void check_values(const CompactParams& p, int64_t capacity, int64_t capacity_new) {
   check_values("compact", p.seg, capacity);
   const int64_t num_segments = int64_t{p.seg.batch_size} * p.seg.num_kv_heads;

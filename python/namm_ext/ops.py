@@ -392,6 +392,69 @@ def mlp_scores(
     )  # fmt: skip
 
 
+def gate_(
+    segments: Segments,
+    active: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_new: int,
+    rotary_dim: int,
+    interleaved: bool = False,
+    eps: float = 1e-6,
+) -> None:
+    """Linear gate of the newest tokens into the last column of the state, in place.
+
+    One float per token and KV head from the keys and values of all KV heads of the layer at that
+    token, ``g_h = weight[h] . x + bias[h]``. RoPE turns the first R = ``rotary_dim`` dimensions of
+    a key in pairs, dimension i with i + R / 2, or 2 i with 2 i + 1 if ``interleaved``; with ``p_h``
+    the lengths of the R / 2 pairs and ``m_h`` these, then the other D - R dimensions as they are::
+
+        x = [m_h | log(p_h + eps) | v_h | log(|v_h| + eps) | log(|k_h| + eps)]
+
+    each block for all H heads in order, ``H * (D + Dv + 2)`` numbers in float32. A token's gate
+    depends on the token alone, so that writing it again changes nothing.
+
+    Args:
+        segments: the store with F >= 1 numbers of state per token, of which the last is written.
+        active: ``[B]`` bool; the other batch rows stay as they are.
+        weight: ``[H, H * (D + Dv + 2)]`` float32.
+        bias: ``[H]`` float32.
+        num_new: newest live rows of every segment to work on; they are the same tokens in all
+            heads of a batch row.
+        rotary_dim: R, even, in ``[0, D]``; 0 for a model without RoPE.
+        interleaved: pairs are neighbours (GPT-J) instead of halves (Llama).
+        eps: added below the logarithms, not negative.
+
+    Raises:
+        RuntimeError: if an argument differs from the above; on the CPU also if an active batch row
+            has a head with fewer live rows, or heads with other positions in them. Nothing has
+            been written then.
+
+    Deterministic; a token's result does not depend on the others.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> k, v, state = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]), torch.zeros(1, 3)
+        >>> store = Segments(k, v, i32(0), state, i32(0, 1), i32(1))
+        >>> weight = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0]])
+        >>> gate_(store, torch.tensor([True]), weight, torch.zeros(1), num_new=1, rotary_dim=2)
+        >>> state
+        tensor([[0., 0., 7.]])
+    """
+    k, v, pos, state, cu_seqlens_k, seqused_k = segments
+    if k.dtype is _float64 or state.dtype is _float64:
+        reference.gate_(
+            segments, active, weight, bias,
+            num_new=num_new, rotary_dim=rotary_dim, interleaved=interleaved, eps=eps,
+        )  # fmt: skip
+        return
+    _ops.gate_.default(
+        state, k, v, pos, cu_seqlens_k, seqused_k, active, weight, bias,
+        num_new, rotary_dim, interleaved, eps,
+    )  # fmt: skip
+
+
 def select(
     scores: Tensor,
     segments: Segments,
@@ -538,6 +601,11 @@ def _(state: Tensor, *_: Any) -> Tensor:
 @torch.library.register_fake("namm_ext::mlp_scores")
 def _(state: Tensor, *_: Any) -> Tensor:
     return state.new_empty(state.shape[0])
+
+
+@torch.library.register_fake("namm_ext::gate_")
+def _(*args: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("namm_ext::select")

@@ -764,6 +764,110 @@ def mlp_scores(
     return scores
 
 
+def gate_inputs(
+    k: Tensor, v: Tensor, *, rotary_dim: int, interleaved: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """What the linear gate sees of a token: keys and values of all KV heads (spec 12.2).
+
+    RoPE turns the first R = ``rotary_dim`` dimensions of a key in pairs: dimension i with i + R / 2
+    (half-split), or 2 i with 2 i + 1 (interleaved). ``m_h`` is the length of each of the R / 2
+    pairs, which no position changes, then the other D - R dimensions as they are. The inputs,
+    each block for all heads in order::
+
+        m_h | log(length of each pair + eps) | v_h | log(|v_h| + eps) | log(|k_h| + eps)
+
+    Args:
+        k: ``[..., H, D]`` keys after RoPE. v: ``[..., H, Dv]``.
+        rotary_dim: R, even, in ``[0, D]``; 0 without RoPE.
+        interleaved: whether neighbours are pairs (GPT-J) instead of halves (Llama).
+        eps: added below the logarithms.
+
+    Returns:
+        ``[..., H * (D + Dv + 2)]`` in the compute dtype; R / 2 + (D - R) + R / 2 is D.
+
+    Raises:
+        ValueError: if rotary_dim is odd or outside of ``[0, D]``.
+
+    Example:
+        >>> k, v = torch.tensor([[3.0, 4.0, -2.0]]), torch.tensor([[2.0]])
+        >>> gate_inputs(k, v, rotary_dim=2)[:2]
+        tensor([ 5., -2.])
+    """
+    if rotary_dim % 2 or not 0 <= rotary_dim <= k.shape[-1]:
+        raise ValueError(
+            f"gate_inputs: rotary_dim must be even and in [0, {k.shape[-1]}], got {rotary_dim}"
+        )
+    dtype = _compute_dtype(k, v)
+    k, v = k.to(dtype), v.to(dtype)
+    turned, half = k[..., :rotary_dim], rotary_dim // 2
+    if interleaved:
+        pairs = torch.hypot(turned[..., 0::2], turned[..., 1::2])
+    else:
+        pairs = torch.hypot(turned[..., :half], turned[..., half:])
+    blocks = (
+        torch.cat([pairs, k[..., rotary_dim:]], dim=-1),
+        torch.log(pairs + eps),
+        v,
+        torch.log(v.norm(dim=-1, keepdim=True) + eps),
+        torch.log(k.norm(dim=-1, keepdim=True) + eps),
+    )
+    return torch.cat([block.flatten(-2) for block in blocks], dim=-1)
+
+
+def gate_(
+    segments: Segments,
+    active: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_new: int,
+    rotary_dim: int,
+    interleaved: bool = False,
+    eps: float = 1e-6,
+) -> None:
+    """Linear gate of the newest tokens into the last column of the state, in place (spec 12.2).
+
+    ``g_h = weight[h] . x + bias[h]`` with x of :func:`gate_inputs`.
+
+    Args:
+        segments: the store; the last of at least one state column is written.
+        active: ``[B]`` bool; the other batch rows stay as they are.
+        weight: ``[H, H * (D + Dv + 2)]``. bias: ``[H]``.
+        num_new: newest live rows of every segment to work on; the heads of a batch row hold the
+            same tokens there.
+        rotary_dim, interleaved, eps: as in :func:`gate_inputs`.
+
+    Raises:
+        ValueError: if an active batch row has a head with fewer live rows, or heads that differ in
+            the positions of those rows. Nothing has been written then.
+    """
+    num_kv_heads = segments.seqused_k.numel() // active.numel()
+    slices = segments.slices()
+    all_rows = []
+    for b in active.nonzero().flatten().tolist():
+        heads = range(b * num_kv_heads, (b + 1) * num_kv_heads)
+        for s in heads:
+            if slices[s].stop - slices[s].start < num_new:
+                raise ValueError(
+                    f"gate_: segment {s} must have {num_new} live rows, "
+                    f"got {slices[s].stop - slices[s].start}"
+                )
+        newest = torch.arange(-num_new, 0, device=segments.pos.device)
+        rows = torch.stack([slices[s].stop + newest for s in heads])  # [H, num_new]
+        if not bool((segments.pos[rows] == segments.pos[rows[0]]).all()):
+            raise ValueError(
+                f"gate_: the newest {num_new} rows of batch row {b} must have equal positions in "
+                "all heads"
+            )
+        all_rows.append(rows)
+    dtype = _compute_dtype(segments.k, segments.state)
+    for rows in all_rows:
+        k, v = segments.k[rows].transpose(0, 1), segments.v[rows].transpose(0, 1)
+        x = gate_inputs(k, v, rotary_dim=rotary_dim, interleaved=interleaved, eps=eps).to(dtype)
+        gate = x @ weight.to(dtype).T + bias.to(dtype)  # [num_new, H]
+        segments.state[rows, -1] = gate.T.to(segments.state.dtype)
+
+
 def _keep_order(forced: Tensor, newest: Tensor, scores: Tensor, pos: Tensor) -> Tensor:
     """Rows from first to last to stay; rows must come in ascending order of the head.
 

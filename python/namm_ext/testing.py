@@ -156,6 +156,22 @@ def ragged_store(
     return Segments(*(t.to(device) for t in tensors))
 
 
+def same_newest(store: Segments, num_new: int) -> Segments:
+    """The store with equal positions in the newest rows of all segments, as appends leave them.
+
+    Example:
+        >>> store = same_newest(ragged_store([9, 3]), 2)
+        >>> bool((store.pos[7:9] == store.pos[15:17]).all())
+        True
+    """
+    pos = store.pos.clone()
+    new = int(pos.max()) + 1 + torch.arange(num_new, dtype=pos.dtype, device=pos.device)
+    for live in store.slices():
+        first = max(live.start, live.stop - num_new)
+        pos[first : live.stop] = new[num_new - (live.stop - first) :]
+    return store._replace(pos=pos)
+
+
 def newest_of_rows(store: Segments, batch_size: int) -> Tensor:
     """``[B]`` int32: largest position of each batch row, -1 if it has none.
 

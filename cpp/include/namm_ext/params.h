@@ -144,6 +144,29 @@ struct ScoreParams {
   bool bias, residual_first;
 };
 
+// gate_ (spec 12.2): g[h] = weight[h] . x + bias[h] into the last state column of the newest
+// num_new live rows of every segment of an active batch row. x is one token's [m | log pairs | v |
+// log |v| | log |k|], each block for all H heads in order; m = [R / 2 lengths of rotated pairs |
+// the other D - R dimensions], R = rotary_dim. Equal rows of the heads of a batch row are one
+// token.
+struct GateParams {
+  Segments seg;
+  const void *k, *v;      // [C, D], [C, Dv] dtype
+  const int32_t* pos;     // [C]
+  const uint8_t* active;  // [B]; the other batch rows stay as they are
+  const float* weight;    // [H, H * (D + Dv + 2)]
+  const float* bias;      // [H]
+  float* state;           // [C, F], of which the last column is written
+  int32_t num_new, head_dim, head_dim_v, num_state, rotary_dim;
+  bool interleaved;  // pairs are (2 i, 2 i + 1), else (i, i + R / 2)
+  float eps;         // added below the logarithms
+  DType dtype;
+
+  int64_t num_inputs() const {
+    return int64_t{seg.num_kv_heads} * (int64_t{head_dim} + head_dim_v + 2);
+  }
+};
+
 enum class Budget : int32_t { kPerHead = 0, kPerLayer = 1 };
 
 // select (spec 7): which live rows stay. Forced rows: the newest of each segment (protect_newest),
