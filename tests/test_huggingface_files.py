@@ -85,7 +85,8 @@ def test_fingerprints_of_version_1_are_known(model, name, tmp_path):
     model(tokens(1, 45), past_key_values=cache)
     cache.save(path)
     with safe_open(path, framework="pt") as file:
-        metadata = json.loads(file.metadata()["namm"])
+        metadata = json.loads(file.metadata()["namm"]) | {"format_version": "1"}
+    del metadata["checksum"]  # of version 2
     written = json.loads((data / "expected.json").read_text())[name]["fingerprint"]
     for fingerprint, known in ((written, True), ("0" * 16, False)):
         metadata["policy"] = fingerprint

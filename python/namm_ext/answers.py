@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from .cache import NAMMCache, cache_keyword
+from .cache import NAMMCache, borrow, cache_keyword
 from .policy import Policy
 from .tasks.metrics import score_tokens
 from .tasks.readings import Question, Reading
@@ -81,21 +81,22 @@ def answer_readings(
     results: dict[int, list[tuple[bool, float]]] = {}
     kept: dict[int, float] = {}
     sizes = np.zeros(3, np.int64)
-    for part in _batches(readings, batch_size):
-        cache = _cache(model, policy)
-        ids = torch.tensor([readings[i].context_ids for i in part], device=model.device)
-        _read(model, cache, ids)
-        kept.update(zip(part, _kept(cache, len(part)), strict=True))
-        sizes += _bytes(cache)
-        if readings[part[0]].turns:
-            results[part[0]] = _ask_in_turn(model, cache, readings[part[0]].questions)
-            continue
-        rows = [(row, i, q) for row, i in enumerate(part) for q in readings[i].questions]
-        cache.batch_select_indices(torch.tensor([row for row, *_ in rows], device=model.device))
-        for (_, i, _), result in zip(
-            rows, _ask(model, cache, lengths[0], [q for *_, q in rows]), strict=True
-        ):
-            results.setdefault(i, []).append(result)
+    with borrow(model, None if policy is None else "namm"):
+        for part in _batches(readings, batch_size):
+            cache = _cache(model, policy)
+            ids = torch.tensor([readings[i].context_ids for i in part], device=model.device)
+            _read(model, cache, ids)
+            kept.update(zip(part, _kept(cache, len(part)), strict=True))
+            sizes += _bytes(cache)
+            if readings[part[0]].turns:
+                results[part[0]] = _ask_in_turn(model, cache, readings[part[0]].questions)
+                continue
+            rows = [(row, i, q) for row, i in enumerate(part) for q in readings[i].questions]
+            cache.batch_select_indices(torch.tensor([row for row, *_ in rows], device=model.device))
+            for (_, i, _), result in zip(
+                rows, _ask(model, cache, lengths[0], [q for *_, q in rows]), strict=True
+            ):
+                results.setdefault(i, []).append(result)
     table = [(i, *result) for i in range(len(readings)) for result in results[i]]
     return Answers(
         correct=np.array([correct for _, correct, _ in table], bool),
@@ -124,17 +125,18 @@ def text_bits(
         ``[len(windows)]``.
     """
     result: list[float] = []
-    for begin in range(0, len(windows), batch_size):
-        part = windows[begin : begin + batch_size]
-        ids = torch.tensor([window.ids for window in part], device=model.device)
-        start = part[0].start
-        hidden = _read(model, _cache(model, policy), ids)[:, start - 1 : -1]
-        logprob, _ = _score(model, hidden.flatten(0, 1), ids[:, start:].flatten())
-        totals = logprob.view(len(part), -1).sum(1).tolist()
-        result += [
-            -total / (window.num_bytes * math.log(2))
-            for total, window in zip(totals, part, strict=True)
-        ]
+    with borrow(model, None if policy is None else "namm"):
+        for begin in range(0, len(windows), batch_size):
+            part = windows[begin : begin + batch_size]
+            ids = torch.tensor([window.ids for window in part], device=model.device)
+            start = part[0].start
+            hidden = _read(model, _cache(model, policy), ids)[:, start - 1 : -1]
+            logprob, _ = _score(model, hidden.flatten(0, 1), ids[:, start:].flatten())
+            totals = logprob.view(len(part), -1).sum(1).tolist()
+            result += [
+                -total / (window.num_bytes * math.log(2))
+                for total, window in zip(totals, part, strict=True)
+            ]
     return np.array(result)
 
 

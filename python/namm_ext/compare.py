@@ -24,10 +24,9 @@ from torch import Tensor
 from . import tasks
 from .baselines import H2O, TOVA, Baseline, Full, KeyDiff, KNorm, Random, SnapKV, StreamingLLM
 from .budget import Budget
-from .cache import NAMMCache, cache_keyword
+from .cache import NAMMCache, borrow, cache_keyword
 from .corpus import load_documents
 from .evolution import evaluate_policy
-from .patching import remove
 from .policy import Policy
 from .policy.base import PolicyT
 
@@ -294,9 +293,9 @@ def measure_text(model: Any, policy: Policy, workload: Workload, row: Row, rows:
     """Fill ``row.bits_per_byte``; ``rows`` windows are read at a time."""
     total = 0.0
     for ids in workload.windows.split(rows):
-        cache = NAMMCache(model, policy)
-        given = {cache_keyword(model.base_model): cache}
-        hidden = model.base_model(ids, **given, use_cache=True).last_hidden_state
+        with borrow(model):
+            given = {cache_keyword(model.base_model): NAMMCache(model, policy)}
+            hidden = model.base_model(ids, **given, use_cache=True).last_hidden_state
         for window, target in zip(hidden[:, :-1], ids[:, 1:], strict=True):
             logits = model.get_output_embeddings()(window).float()
             total -= float(F.cross_entropy(logits, target, reduction="sum"))
@@ -330,7 +329,8 @@ def measure_costs(
     for _ in range(repeats):
         costs = {}
         for name, policy in {FULL: None, **policies}.items():
-            kept, kv, own, peak, prefill, decode = _run_once(model, policy, prompt, new_tokens)
+            with borrow(model, None if policy is None else "namm"):
+                kept, kv, own, peak, prefill, decode = _run_once(model, policy, prompt, new_tokens)
             if policy is None:
                 full_bytes = kv
             old = best.get(name, (math.inf, math.inf))
@@ -348,7 +348,6 @@ def _run_once(
     from transformers import DynamicCache
 
     if policy is None:
-        remove(model)
         cache: Any = DynamicCache(config=model.config)
     else:
         cache = NAMMCache(model, policy)
@@ -430,7 +429,6 @@ def compare(
             for name, cost in next(measuring).items():
                 if name in here:
                     here[name].cost = cost
-    remove(model)
     return rows
 
 
@@ -503,5 +501,4 @@ def tune_baselines(
             on_trial(policy, score[0])
             if score > best:
                 best, found[rule.__name__] = score, policy
-    remove(model)
     return found

@@ -1,15 +1,23 @@
-"""Give a model a memory, and take it away again without a trace."""
+"""Give a model a memory, and take it away again without a trace.
+
+``generate`` of the model object is replaced by one that brings a fresh ``NAMMCache``. Whose memory
+that is depends on who calls: threads and tasks with a ``patch`` of their own get theirs.
+"""
 
 from __future__ import annotations
 
+import inspect
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from .cache import NAMMCache, cache_keyword
-from .cache.switching import UNDO, Undo, set_attention, use_namm_attention
+from .cache.switching import LOCK, borrow, keep, opened, release
 from .policy import Policy
 from .report import Report
 
@@ -19,15 +27,26 @@ class Memory:
 
     Attributes:
         policy: decides what they keep.
-        cache: the last one, None before the first call.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.cache: NAMMCache | None = None
+        self._newest: NAMMCache | None = None
+        self._own = threading.local()
+
+    @property
+    def cache(self) -> NAMMCache | None:
+        """The cache of this thread's last call; of the last call of all if it made none; None
+        before the first."""
+        own: NAMMCache | None = getattr(self._own, "cache", None)
+        return self._newest if own is None else own
+
+    @cache.setter
+    def cache(self, cache: NAMMCache) -> None:
+        self._newest = self._own.cache = cache
 
     def report(self) -> Report:
-        """``report()`` of the last cache.
+        """``report()`` of ``cache``.
 
         Raises:
             ValueError: if nothing was generated yet.
@@ -36,16 +55,128 @@ class Memory:
             raise ValueError("patch: no cache yet, call model.generate first")
         return self.cache.report()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"policy": self.policy}
 
-#: Arguments of ``generate`` with which it drafts tokens and takes some of them back.
-_DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Memory.__init__(self, **state)
+
+
+class _Generate:
+    """``generate`` of a model with a memory. Refers to nothing that a copy would share."""
+
+    def __init__(self, model: PreTrainedModel, own: Any) -> None:
+        self.model = model
+        self.own = own  # what was in its place in the object's __dict__
+        self.memories: list[Memory] = []
+        self.applied: Memory | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model is in no block; it keeps the newest memory until ``remove``.
+        applied = Memory(self._all()[-1].policy) if self._all() else None
+        return {"model": self.model, "own": self.own, "memories": [], "applied": applied}
+
+    def _all(self) -> list[Memory]:
+        return [*([] if self.applied is None else [self.applied]), *self.memories]
+
+    def _memory(self) -> Memory | None:
+        """Of the innermost block the caller is in; otherwise the newest there is."""
+        with LOCK:
+            mine = [user for user in opened(self.model) if isinstance(user, Memory)]
+            return next(reversed([*self._all(), *mine]), None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        memory = self._memory()
+        own = self.own
+        if own is None:
+            own = partial(type(model).generate, model)
+        if memory is None:
+            return own(*args, **kwargs)
+        call = _Call(model, args, kwargs)
+        with borrow(model, user=memory):
+            given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+            cache = next((cache for cache in given if cache is not None), None)
+            if cache is None or isinstance(cache, NAMMCache):
+                call.check()
+            if cache is None:
+                cache = NAMMCache(model, memory.policy)
+            kwargs[cache_keyword(model)] = cache
+            if not isinstance(cache, NAMMCache):
+                return own(*args, **kwargs)
+            recording = cache.is_recording
+            if call.drafts or call.is_draft:
+                cache.activate_past_recording()
+            memory.cache = cache
+            try:
+                return own(*args, **kwargs)
+            finally:
+                # The model may have drafted for itself.
+                memory.cache = cache
+                # Who asked for a draft takes tokens back after the call.
+                if not recording and not call.is_draft:
+                    cache.end_past_recording()
+
+
+class _Call:
+    """What a call of ``generate`` asks for, resolved as ``generate`` does."""
+
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = [*inspect.signature(type(model).generate).parameters][1:]
+        self.given = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.configs = (self.given.get("generation_config"), model.generation_config)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument of the call, else of its configuration, else of the model's."""
+        if name in self.given:
+            return self.given[name]
+        values = (getattr(config, name, None) for config in self.configs)
+        return next((value for value in values if value is not None), default)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether tokens are drafted and some of them taken back."""
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return any(self.get(name) for name in names)
+
+    @property
+    def is_draft(self) -> bool:
+        """Whether the call itself drafts for another model, which will take tokens back."""
+        return bool(self.get("is_assistant"))
+
+    def check(self) -> None:
+        """Refuse what would go on without the memory.
+
+        Raises:
+            ValueError: names the argument.
+        """
+        use_cache = self.get("use_cache", True)
+        if self.given.get("inputs_embeds") is None and not use_cache:
+            raise ValueError(
+                "patch: use_cache must be True for a model with a memory, got "
+                f"{use_cache} from the call, its generation_config or model.generation_config; "
+                "pass use_cache=True"
+            )
+        implementation = self.get("cache_implementation")
+        # "hybrid" was the default of checkpoints once; generate drops it.
+        if implementation not in (None, "hybrid"):
+            raise ValueError(
+                "patch: cache_implementation must be None for a model with a memory, which is its "
+                f"cache, got {implementation!r}"
+            )
+        if self.get("output_attentions"):
+            warnings.warn(
+                "patch: output_attentions has no effect, a memory has no attention weights to show",
+                stacklevel=3,
+            )
 
 
 def apply(model: PreTrainedModel, policy: Policy) -> Memory:
     """Let ``model.generate`` use a fresh ``NAMMCache`` in every call that brings no cache.
 
     Changes this one model object: the attention implementation of its decoder and ``generate``.
-    ``remove`` undoes both. A model that has a memory already gets the new policy.
+    ``remove`` undoes both; a copy of the model has a memory of its own. A model that has a memory
+    already gets the new policy.
 
     Args:
         model: a decoder of transformers on the attention interface, or a multimodal model around
@@ -59,48 +190,33 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
         ValueError: if a part of the model cannot have a memory; names it.
         TypeError: if ``policy`` is no policy.
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"apply: policy must be a Policy, got {type(policy).__name__}")
-    undo = use_namm_attention(model)
-    if undo.memory is not None:
-        _unwrap(model, undo)
-    memory = undo.memory = Memory(policy)
-    undo.had_generate = vars(model).get("generate")
-    generate: Any = model.generate
-
-    def generate_with_memory(*args: Any, **kwargs: Any) -> Any:
-        given = [kwargs.get(name) for name in ("cache", "past_key_values")]
-        brought = next((cache for cache in given if cache is not None), None)
-        if brought is None:
-            config = kwargs.get("generation_config")
-            if not kwargs.get("use_cache", getattr(config, "use_cache", True) is not False):
-                raise ValueError("patch: use_cache must be True for a model with a memory")
-            for name in ("cache", "past_key_values"):
-                kwargs.pop(name, None)
-            memory.cache = kwargs[cache_keyword(model)] = NAMMCache(model, policy)
-        elif isinstance(brought, NAMMCache):
-            memory.cache = brought
-        if memory.cache is not None and any(kwargs.get(name) for name in _DRAFTING):
-            memory.cache.activate_past_recording()  # transformers before 5.16 does not ask
-        return generate(*args, **kwargs)
-
-    vars(model)["generate"] = generate_with_memory
+    memory = Memory(_checked(policy))
+    with LOCK:
+        keep(model)
+        generate = _generate_of(model)
+        generate.applied = memory
     return memory
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Undo ``apply`` (and what ``NAMMCache(model, ...)`` set); a model without memory is fine."""
-    undo = UNDO.pop(model, None)
-    if undo is None:
-        return
-    if undo.memory is not None:
-        _unwrap(model, undo)
-    set_attention(model, undo.attn_implementation)
+    """Undo ``apply`` (and what ``NAMMCache(model, ...)`` set); a model without memory is fine.
+
+    A ``patch`` under way goes on.
+    """
+    with LOCK:
+        release(model)
+        generate = vars(model).get("generate")
+        if isinstance(generate, _Generate):
+            generate.applied = None
+            _drop_unused(model, generate)
 
 
 @contextmanager
 def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
     """``apply`` for the length of a ``with`` block; afterwards the model is as it was before.
+
+    Several threads may patch one model: each generates with its own memory. A thread without a
+    ``patch`` uses the newest. Blocks may end in any order.
 
     Example:
         >>> import torch, transformers
@@ -115,23 +231,36 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
         >>> memory.report().layers[0].kept
         ((8, 8),)
     """
-    before = UNDO.get(model)
-    previous = before.memory.policy if before is not None and before.memory is not None else None
-    memory = apply(model, policy)
-    try:
-        yield memory
-    finally:
-        if before is None:
-            remove(model)
-        elif previous is not None:
-            apply(model, previous)
+    memory = Memory(_checked(policy))
+    with borrow(model, user=memory):
+        with LOCK:
+            generate = _generate_of(model)
+            generate.memories.append(memory)
+        try:
+            yield memory
+        finally:
+            with LOCK:
+                generate.memories.remove(memory)
+                _drop_unused(model, generate)
+
+
+def _checked(policy: Policy) -> Policy:
+    if not isinstance(policy, Policy):
+        raise TypeError(f"apply: policy must be a Policy, got {type(policy).__name__}")
+    return policy
+
+
+def _generate_of(model: PreTrainedModel) -> _Generate:
+    generate = vars(model).get("generate")
+    if not isinstance(generate, _Generate):
+        generate = vars(model)["generate"] = _Generate(model, generate)
+    return generate
+
+
+def _drop_unused(model: PreTrainedModel, generate: _Generate) -> None:
+    # Somebody else may have wrapped it since; it then passes calls through.
+    if not generate._all() and vars(model).get("generate") is generate:
+        if generate.own is None:
+            del vars(model)["generate"]
         else:
-            _unwrap(model, before)
-
-
-def _unwrap(model: PreTrainedModel, undo: Undo) -> None:
-    undo.memory = None
-    if undo.had_generate is None:
-        del vars(model)["generate"]
-    else:
-        vars(model)["generate"] = undo.had_generate
+            vars(model)["generate"] = generate.own

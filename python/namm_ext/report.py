@@ -21,6 +21,7 @@ class LayerReport:
         num_updates: how often the layer was rebuilt.
         kv_bytes_live: k and v of live tokens. kv_bytes: k and v as allocated, free room included.
         memory_bytes: the policy's state, positions, windows and index tensors.
+        recorded_bytes: what is only there so that ``crop`` can undo updates.
         peak_kv_bytes, peak_memory_bytes, peak_bytes: the most the layer ever held, the moment of
             an update (old and new store) included.
         full_bytes: k and v of a stock cache after as many tokens, padding included.
@@ -34,6 +35,7 @@ class LayerReport:
     kv_bytes_live: int
     kv_bytes: int
     memory_bytes: int
+    recorded_bytes: int
     peak_kv_bytes: int
     peak_memory_bytes: int
     peak_bytes: int
@@ -61,6 +63,7 @@ class LayerReport:
             kv_bytes_live=sum(lengths) * row_bytes,
             kv_bytes=sum(t.untyped_storage().nbytes() for t in (store.k, store.v)),
             memory_bytes=sum(t.untyped_storage().nbytes() for t in memory_tensors),
+            recorded_bytes=kv.recorded_bytes,
             peak_kv_bytes=kv.ledger.peak_kv,
             peak_memory_bytes=kv.ledger.peak_memory,
             peak_bytes=kv.ledger.peak,
@@ -85,7 +88,8 @@ class LayerReport:
 
 _TOTALS = (
     *("tokens_seen", "tokens_kept", "tokens_live", "kept_fraction", "live_fraction"),
-    *("kv_bytes_live", "kv_bytes", "memory_bytes", "total_bytes", "sliding_bytes", "full_bytes"),
+    *("kv_bytes_live", "kv_bytes", "memory_bytes", "recorded_bytes", "total_bytes"),
+    *("sliding_bytes", "full_bytes"),
     *("kv_fraction", "total_fraction", "peak_kv_bytes", "peak_memory_bytes", "peak_bytes"),
 )
 
@@ -98,8 +102,9 @@ def _by_row(values: Any, num_heads: int) -> tuple[tuple[int, ...], ...]:
 class Report:
     """A whole cache: its layers and the totals.
 
-    ``kv_bytes`` and ``memory_bytes`` are allocated bytes, ``total_bytes`` is their sum; the peaks
-    are of the model as a whole. Stock sliding layers of a hybrid count as ``sliding_bytes``.
+    ``kv_bytes``, ``memory_bytes`` and ``recorded_bytes`` are allocated bytes, ``total_bytes`` is
+    their sum; the peaks are of the model as a whole. Stock sliding layers of a hybrid count as
+    ``sliding_bytes``.
     """
 
     policy: str
@@ -152,9 +157,14 @@ class Report:
         return sum(layer.memory_bytes for layer in self.layers)
 
     @property
+    def recorded_bytes(self) -> int:
+        """What is only there so that ``crop`` can undo updates."""
+        return sum(layer.recorded_bytes for layer in self.layers)
+
+    @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.kv_bytes + self.memory_bytes
+        return self.kv_bytes + self.memory_bytes + self.recorded_bytes
 
     @property
     def kv_fraction(self) -> float:

@@ -11,6 +11,7 @@ every sliding one. Three facts carry the drop-in:
 
 from .cache import NAMMCache
 from .layer import NAMMLayer
+from .switching import borrow
 from .versions import cache_keyword
 
-__all__ = ["NAMMCache", "NAMMLayer", "cache_keyword"]
+__all__ = ["NAMMCache", "NAMMLayer", "borrow", "cache_keyword"]

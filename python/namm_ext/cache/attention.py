@@ -92,6 +92,13 @@ def namm_attention_forward(
         return _stock_attention(
             module, query, key, value, attention_mask, scaling, dropout, **kwargs
         )
+    # First: whatever is refused below, the keys have arrived.
+    layer.claim(module)
+    if kwargs.get("use_cache") is False:
+        raise ValueError(
+            "namm: use_cache must not be False with a NAMMCache, got False; generate would feed "
+            "the whole text again at every step"
+        )
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"namm: {meaning} ({name}) is not supported")
@@ -114,7 +121,6 @@ def namm_attention_forward(
             "namm: attention_mask must be a 2-D padding mask; 4-D and bidirectional masks are not "
             f"supported, got shape {list(attention_mask.shape)}"
         )
-    layer.claim(module)
     if not query.dtype == key.dtype == value.dtype:
         device_type = query.device.type
         if not torch.is_autocast_enabled(device_type):

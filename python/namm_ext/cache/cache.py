@@ -14,12 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from ..policy import Policy
+from ..ragged import lasting
 from ..report import LayerReport, Report
 from . import files
 from .families import decoder_config, layer_types
 from .layer import NAMMLayer
-from .session import Session
-from .switching import use_namm_attention
+from .session import Session, refuse
+from .switching import keep
 
 
 class NAMMCache(Cache):
@@ -63,28 +64,31 @@ class NAMMCache(Cache):
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"NAMMCache: policy must be a Policy, got {type(policy).__name__}")
-        if isinstance(model_or_config, nn.Module):
-            use_namm_attention(model_or_config)
-            config = decoder_config(model_or_config.config)
-        else:
-            config = decoder_config(model_or_config)
-        types = layer_types(config)
-        if policy.calibration is not None:
-            policy.calibration.check_model(len(types), getattr(config, "num_key_value_heads", None))
         if param_index is not None:
             param_index = torch.as_tensor(param_index, dtype=torch.int32)
             if param_index.dim() != 1:
                 raise ValueError(
                     f"NAMMCache: param_index must be 1-D, got shape {list(param_index.shape)}"
                 )
-        session = Session(config, policy, param_index, types.index("full_attention"))
-        if isinstance(model_or_config, nn.Module):
-            session.model = weakref.ref(model_or_config)
-        layers: list[Any] = [
-            NAMMLayer(session, i)
-            if kind == "full_attention"
-            else DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
+        given: Any = model_or_config
+        model = given if isinstance(given, nn.Module) else None
+        if model is not None:
+            keep(given)
+        config = decoder_config(given if model is None else given.config)
+        types = layer_types(config)
+        if policy.calibration is not None:
+            policy.calibration.check_model(len(types), getattr(config, "num_key_value_heads", None))
+        sliding = {
+            i: DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
             for i, kind in enumerate(types)
+            if kind == "sliding_attention"
+        }
+        memories = [i for i in range(len(types)) if i not in sliding]
+        session = Session(config, policy, param_index, memories, sliding)
+        if model is not None:
+            session.model = weakref.ref(model)
+        layers: list[Any] = [
+            sliding[i] if i in sliding else NAMMLayer(session, i) for i in range(len(types))
         ]
         super().__init__(layers=layers)
         self.session = session
@@ -109,25 +113,74 @@ class NAMMCache(Cache):
     @property
     def sliding_layers(self) -> list[DynamicSlidingWindowLayer]:
         """transformers' own layers of a hybrid, in order."""
-        return [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        return list(self.session.sliding.values())
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
         """-1: no limit (name before transformers 5.16)."""
         return -1
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that all layers have seen, padding included; never the number of tokens kept."""
+        return self.session.seen_by_all()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the keys that a layer's mask is for."""
+        if self.session.sliding:
+            self.session.settle_sliding()
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand a layer its new keys and values; see ``NAMMLayer.update``."""
+        if self.session.sliding:
+            if layer_idx == 0:
+                self.session.settle_sliding()
+            self.session.remember(layer_idx)
+        result: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return result
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer has taken tokens."""
+        layers = (*self.memory_layers, *self.sliding_layers)
+        return all(layer.is_initialized for layer in layers)
+
     def reset(self) -> None:
         """Forget everything; the next call starts a new sequence, of any batch size."""
+        self.session.end_recording()
         super().reset()
         self.session.clear()
 
+    # Undo ----------------------------------------------------------------------------------------
+
     def activate_past_recording(self) -> None:
-        """Let ``crop`` undo updates, until the next ``crop`` (128 tokens back at least)."""
-        for layer in self.layers:
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
+        """Let ``crop`` undo updates, 128 tokens back at least.
+
+        It ends with ``end_past_recording``, with ``reset``, or when 128 calls came in a row and
+        no ``crop``: nobody is drafting then.
+        """
+        self.session.start_recording()
+
+    def end_past_recording(self) -> None:
+        """Drop what was recorded; tokens that come in can still be cropped up to an update."""
+        self.session.end_recording()
+        for layer in self.memory_layers:
+            if layer.kv is not None:
+                layer.kv.forget_past()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether ``crop`` can undo the updates of tokens that come in."""
+        return self.session.recording
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, exactly as if they had never come in.
+
+        All layers or, with an error, none.
 
         Args:
             tokens_to_remove: ``-n`` removes n columns, 0 only drops the recorded past; a positive
@@ -135,64 +188,112 @@ class NAMMCache(Cache):
 
         Raises:
             RuntimeError: if that undoes an update and the past was not recorded.
+            ValueError: if there are not as many tokens.
         """
-        n = int(tokens_to_remove)
-        memories = self.memory_layers
-        length = memories[0].padded
+        self._settle()
+        n, session = int(tokens_to_remove), self.session
+        length = session.length
         removed = max(length - n, 0) if n > 0 else -n
         target = length - removed
         if target < 0:
             raise ValueError(f"crop: cannot remove {removed} tokens, the cache has seen {length}")
-        past = self.session.past_mask
+        memories = [layer for layer in self.memory_layers if layer.kv is not None]
+        if removed:
+            for sliding in session.sliding.values():
+                if not _can_crop(sliding, removed):
+                    raise RuntimeError(
+                        "crop: sliding layers have dropped tokens; call "
+                        "cache.activate_past_recording() before the tokens come in"
+                    )
+            rows = None
+            if session.past_mask is not None:
+                rows = session.past_mask[:, target:].sum(dim=1).tolist()
+            cropped = [
+                (layer.kv, layer.kv.cropped(rows or [removed] * layer.kv.batch_size))
+                for layer in memories
+                if layer.kv is not None
+            ]
+            for kv, state in cropped:
+                kv.restore(state)
         for layer in memories:
-            excess = layer.padded - target
-            if layer.kv is None or excess < 0:
-                continue
-            rows = [excess] * layer.kv.batch_size
-            if past is not None:
-                rows = past[:, target:].sum(dim=1).tolist()
-            if excess:
-                layer.kv.crop(rows)
+            assert layer.kv is not None
             layer.kv.forget_past()
             layer.padded = target
-            layer.pending = False
-        for sliding in self.sliding_layers:
-            sliding.crop(-removed)
-        self.session.padded = target
-        self.session.crop_mask(target)
+        for sliding in session.sliding.values():
+            if sliding.is_initialized and (removed or sliding.record_past):
+                sliding.crop(-removed)
+        session.cropped(target)
+
+    def _settle(self) -> None:
+        """Bring every layer back to what all have seen. Raises ValueError if one cannot."""
+        session = self.session
+        session.settle_length()
+        session.settle_sliding()
+        for layer in self.memory_layers:
+            if layer.pending:
+                refuse(layer.layer_idx)
+            layer.settle()
+
+    # Rows of the batch ---------------------------------------------------------------------------
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Row i becomes a copy of row ``beam_idx[i]``."""
-        self._select_rows(beam_idx)
-        for layer in self.sliding_layers:
-            layer.reorder_cache(beam_idx)
+        self._select_rows(beam_idx, "reorder_cache")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times in a row."""
-        self._select_rows(torch.arange(self._batch_size()).repeat_interleave(repeats))
-        for layer in self.sliding_layers:
-            layer.batch_repeat_interleave(repeats)
+        if repeats < 1:
+            raise ValueError(f"batch_repeat_interleave: repeats must be at least 1, got {repeats}")
+        rows = torch.arange(self._batch_size())
+        self._select_rows(rows.repeat_interleave(repeats), "batch_repeat_interleave")
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
-        self._select_rows(torch.arange(self._batch_size())[indices.cpu()])
-        for layer in self.sliding_layers:
-            layer.batch_select_indices(indices)
+        """Keep these rows of the batch: ``[B]`` bool, or integers."""
+        self._select_rows(indices, "batch_select_indices")
 
     def _batch_size(self) -> int:
         kv = self.memory_layers[0].kv
         return 0 if kv is None else kv.batch_size
 
-    def _select_rows(self, index: Tensor) -> None:
-        rows = index.tolist()
-        if rows == list(range(self._batch_size())):
+    def _select_rows(self, indices: Any, what: str) -> None:
+        """Rows as Python counts them, negative ones from the end.
+
+        Raises:
+            IndexError: if there is no such row, or no row is left.
+        """
+        self._settle()
+        size = self._batch_size()
+        if size == 0:
             return
+        index: Any = torch.as_tensor(indices).cpu()
+        if index.dtype == torch.bool and index.shape == (size,):
+            index = index.nonzero().flatten()
+        rows = index.tolist()
+        if (
+            index.dim() != 1
+            or index.is_floating_point()
+            or index.dtype == torch.bool
+            or not rows
+            or not all(-size <= row < size for row in rows)
+        ):
+            raise IndexError(
+                f"{what}: rows must be a non-empty list of indices below {size}, or [{size}] "
+                f"bool, got {index.dtype} {list(index.shape)}: {rows}"
+            )
+        rows = [row % size for row in rows]
+        if rows == list(range(size)):
+            return
+        index = torch.tensor(rows)
         for layer in self.memory_layers:
             if layer.kv is not None:
                 layer.kv.select_rows(rows)
+        for sliding in self.session.sliding.values():
+            sliding.reorder_cache(index)
         if self.session.param_index is not None:
-            self.session.param_index = self.session.param_index[index.cpu()]
+            self.session.param_index = self.session.param_index[index]
         self.session.select_mask(index)
+
+    # Files and reports ---------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a safetensors file, to continue from it later.
@@ -200,6 +301,8 @@ class NAMMCache(Cache):
         It holds what the memory holds: kept tokens, state and windows, and fingerprints of policy
         and model. The recorded past (``activate_past_recording``) is not saved.
         """
+        self._settle()
+        self._settle()
         files.save(self.session, self.layers, path)
 
     @classmethod
@@ -215,10 +318,16 @@ class NAMMCache(Cache):
             ValueError: if the file is damaged or foreign, or of another policy or model.
         """
         metadata, tensors = files.read(Path(path))
-        cache = cls(model, policy, param_index=tensors.get("param_index"))
+        try:
+            cache = cls(model.config, policy, param_index=tensors.get("param_index"))
+        except ValueError as error:
+            raise files.damaged(path, str(error)) from error
         files.fill(cache.session, cache.layers, model, metadata, tensors, path)
+        keep(model)
+        cache.session.model = weakref.ref(model)
         return cache
 
+    @lasting
     def __deepcopy__(self, memo: dict[int, Any]) -> NAMMCache:
         # Config and policy are shared: the one is compared by identity, the other never changes.
         memo[id(self.session.config)] = self.session.config
@@ -271,3 +380,11 @@ class NAMMCache(Cache):
             peak_memory_bytes=self.session.ledger.peak_memory,
             peak_bytes=self.session.ledger.peak,
         )
+
+
+def _can_crop(layer: DynamicSlidingWindowLayer, removed: int) -> bool:
+    """Whether a sliding layer still has the window that it had ``removed`` columns ago."""
+    if layer.keys is None:
+        return True
+    wanted = min(layer.cumulative_length - removed, layer.sliding_window - 1)
+    return layer.keys.shape[-2] - removed >= wanted

@@ -6,6 +6,7 @@ tensor: an int would be baked into the graph and every new cache would recompile
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor
 
 _LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_next_handle = 0
+_handles = itertools.count(1)  # atomic: threads make caches at the same time
 
 
 def register(layer: Any) -> Tensor:
     """A handle by which the op finds ``layer`` as long as it lives."""
-    global _next_handle
-    _next_handle += 1
-    _LAYERS[_next_handle] = layer
-    return torch.tensor(_next_handle)
+    handle = next(_handles)
+    _LAYERS[handle] = layer
+    return torch.tensor(handle)
 
 
+# The op changes what the handle stands for. Were it declared to change nothing, the compiler might
+# drop a call whose result is unused, run equal calls once, or put them in another order.
 @torch.library.custom_op("namm_ext::layer_forward", mutates_args={"handle"})
 def layer_forward(
     query: Tensor,

@@ -2,13 +2,15 @@
 
 The file names the policy and the model that filled it. A memory of another policy would be judged
 by a rule that its state was not made for, and keys of another model mean nothing: both are errors.
+A checksum over everything that is read makes any damage an error too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from ..ragged import from_tensors, to_tensors
+from ..ragged import from_tensors, lasting, to_tensors
 from .layer import NAMMLayer
 from .session import Session
 
 FORMAT = "namm_ext.NAMMCache"
-FORMAT_VERSION = "1"
+#: 1 had no checksum.
+FORMAT_VERSION = "2"
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -59,6 +62,8 @@ def save(session: Session, layers: Sequence[Any], path: str | Path) -> None:
         tensors["past_mask"] = session.past_mask
     if session.param_index is not None:
         tensors["param_index"] = session.param_index
+    # Equal tensors that share memory would be refused, and slices would carry their storage.
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -66,59 +71,11 @@ def save(session: Session, layers: Sequence[Any], path: str | Path) -> None:
         "model": model_fingerprint(model),
         "num_layers": str(len(layers)),
     }
-    # Equal tensors that share memory would be refused, and slices would carry their storage.
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    safetensors.torch.save_file(tensors, str(path), {"namm": json.dumps(metadata)})
-
-
-def fill(
-    session: Session,
-    layers: Sequence[Any],
-    model: PreTrainedModel,
-    metadata: dict[str, Any],
-    tensors: dict[str, Tensor],
-    path: str | Path,
-) -> None:
-    """Put what ``read`` found in the file ``path`` into a new cache. See ``NAMMCache.load``."""
-    earlier = session.policy.earlier_fingerprints()
-    for what, expected, also in (
-        ("policy", session.policy.fingerprint(), earlier),
-        ("model", model_fingerprint(model), ()),
-        ("num_layers", str(len(layers)), ()),
-    ):
-        if metadata.get(what) not in (expected, *also):
-            raise ValueError(
-                f"{path}: {what} must be {expected}, got {metadata.get(what)}; the cache was "
-                f"filled with another {'model' if what == 'num_layers' else what}"
-            )
-    device = model.device
-    past_mask = tensors.get("past_mask")
-    session.past_mask = None if past_mask is None else past_mask.to(device)
-    try:
-        for i, layer in enumerate(layers):
-            own = {
-                name.removeprefix(f"{i}."): t
-                for name, t in tensors.items()
-                if name.startswith(f"{i}.")
-            }
-            if not own:
-                continue
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.lazy_initialization(own["keys"].to(device), own["values"].to(device))
-                layer.keys, layer.values = own["keys"].to(device), own["values"].to(device)
-                layer.cumulative_length = int(own["length"])
-                continue
-            layer.kv = from_tensors(
-                own,
-                session.policy_on(device),
-                device=device,
-                layer_idx=i,
-                param_index=session.param_index,
-                ledger=session.ledger,
-            )
-            layer.padded = session.padded = int(own["padded"])
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: the saved cache is damaged: {error}") from error
+    metadata["checksum"] = _checksum(metadata, tensors)
+    # An interrupted save leaves an older file as it is.
+    temporary = Path(path).with_name(f".{Path(path).name}.new")
+    safetensors.torch.save_file(tensors, str(temporary), {"namm": json.dumps(metadata)})
+    os.replace(temporary, path)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -138,8 +95,137 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = (file.metadata() or {}).get("namm", "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata: dict[str, Any] = json.loads(text)
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be a safetensors file, got {error}") from error
-    if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: must be a cache saved by NAMMCache.save, version 1")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: must be a cache saved by NAMMCache.save, got another file")
+    version = metadata.get("format_version")
+    if version not in ("1", FORMAT_VERSION):
+        raise ValueError(
+            f"{path}: format_version must be 1 or {FORMAT_VERSION}, got {version}; a newer "
+            "namm_ext wrote it, or it is damaged"
+        )
+    if version != "1" and metadata.get("checksum") != _checksum(metadata, tensors):
+        raise damaged(path, "the checksum does not fit the content")
     return metadata, tensors
+
+
+def damaged(path: str | Path, what: str) -> ValueError:
+    """The error for a file whose content cannot be right."""
+    return ValueError(
+        f"{path}: the saved cache is damaged: {what}; save it again, or let the model read the "
+        "text again"
+    )
+
+
+def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything that ``fill`` uses, whatever its order in the file."""
+    rest = {name: value for name, value in metadata.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@lasting
+def fill(
+    session: Session,
+    layers: Sequence[Any],
+    model: PreTrainedModel,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+) -> None:
+    """Put what ``read`` found in the file ``path`` into a new cache. See ``NAMMCache.load``."""
+    earlier = session.policy.earlier_fingerprints()
+    for what, expected, also in (
+        ("policy", session.policy.fingerprint(), earlier),
+        ("model", model_fingerprint(model), ()),
+        ("num_layers", str(len(layers)), ()),
+    ):
+        if metadata.get(what) not in (expected, *also):
+            raise ValueError(
+                f"{path}: {what} must be {expected}, got {metadata.get(what)}; the cache was "
+                f"filled with another {'model' if what == 'num_layers' else what}"
+            )
+    try:
+        _fill(session, layers, model.device, tensors)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def _fill(
+    session: Session, layers: Sequence[Any], device: torch.device, tensors: Mapping[str, Tensor]
+) -> None:
+    left = {name for name in tensors if name not in ("past_mask", "param_index")}
+    lengths = set()
+    for i, layer in enumerate(layers):
+        prefix = f"{i}."
+        names = [name for name in left if name.startswith(prefix)]
+        left.difference_update(names)
+        own = {name.removeprefix(prefix): tensors[name] for name in names}
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            lengths.add(_fill_sliding(layer, own, device) if own else 0)
+        elif own:
+            layer.kv = from_tensors(
+                own,
+                session.policy_on(device),
+                device=device,
+                layer_idx=i,
+                param_index=session.param_index,
+                ledger=session.ledger,
+            )
+            layer.padded = int(own["padded"])
+            layer.is_initialized = True
+            lengths.add(layer.padded)
+        else:
+            lengths.add(0)
+    if left:
+        raise ValueError(f"unknown tensors {sorted(left)[:3]}")
+    if len(lengths) != 1:
+        raise ValueError(f"all layers must have seen the same columns, got {sorted(lengths)}")
+    (length,) = lengths
+    past_mask = tensors.get("past_mask")
+    _check_rows(session, layers, length, past_mask)
+    session.length = session.target = length
+    session.past_mask = None if past_mask is None else past_mask.to(device)
+
+
+def _fill_sliding(
+    layer: DynamicSlidingWindowLayer, own: Mapping[str, Tensor], device: torch.device
+) -> int:
+    keys, values, length = own["keys"], own["values"], int(own["length"])
+    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+        raise ValueError("keys and values of a sliding layer must fit each other")
+    if not min(length, layer.sliding_window - 1) <= keys.shape[2] <= length:
+        raise ValueError(f"a sliding layer must have its window of {length} columns")
+    if not (keys.isfinite().all() and values.isfinite().all()):
+        raise ValueError("keys and values of a sliding layer must be finite")
+    layer.lazy_initialization(keys.to(device), values.to(device))
+    # Copies: the file is mapped, and may be written anew.
+    layer.keys, layer.values = keys.to(device, copy=True), values.to(device, copy=True)
+    layer.cumulative_length = length
+    return length
+
+
+def _check_rows(
+    session: Session, layers: Sequence[Any], length: int, past_mask: Tensor | None
+) -> None:
+    """Every layer against the mask and the batch."""
+    seen: list[int] | None = None
+    if past_mask is not None:
+        if past_mask.dtype != torch.bool or past_mask.dim() != 2 or past_mask.shape[1] != length:
+            raise ValueError(f"past_mask must be [batch, {length}] bool")
+        seen = past_mask.sum(dim=1).tolist()
+    for layer in layers:
+        if isinstance(layer, NAMMLayer) and layer.kv is not None:
+            if list(layer.kv.seen) != (seen or [length] * layer.kv.batch_size):
+                raise ValueError(f"layer {layer.layer_idx} must have seen what the others have")
+            seen = list(layer.kv.seen)
+    for sliding in session.sliding.values():
+        if sliding.keys is not None and seen is not None and len(seen) != sliding.keys.shape[0]:
+            raise ValueError("all layers must have the same batch")
+    index = session.param_index
+    if index is not None and seen is not None and index.shape != (len(seen),):
+        raise ValueError("param_index must have one entry per row")

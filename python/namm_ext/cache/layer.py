@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..ragged import RaggedKV
 from . import compiled
-from .session import Session
+from .session import Session, refuse
 
 #: ``attn_implementation`` under which both functions are registered. transformers looks for
 #: "flash", "sdpa", "flex_attention" and "/" inside such names, so it must contain none of them.
@@ -32,12 +32,20 @@ class NAMMLayer(CacheLayerMixin):
         self.session = session
         self.layer_idx = layer_idx
         self.kv: RaggedKV | None = None
-        self.padded = 0
+        self.padded = 0  # columns this layer has taken, those of a call that failed included
         self.pending = False
-        self.record_past = False
         self.handle = compiled.register(self)
 
     # transformers' side --------------------------------------------------------------------------
+
+    @property
+    def record_past(self) -> bool:
+        """Whether updates can be undone; transformers reads and clears it."""
+        return self.session.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.session.recording = value
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store is made by the first attention call, which knows the heads."""
@@ -62,7 +70,8 @@ class NAMMLayer(CacheLayerMixin):
         if self.pending:
             raise ValueError(
                 f"NAMMCache: layer {self.layer_idx} did not consume the tokens of the last call; "
-                "the model changes keys between cache and attention or the call was interrupted"
+                "the model changes keys between cache and attention, or the call was interrupted: "
+                "start again with cache.reset()"
             )
         self.pending = True
         setattr(key_states, TAG, self)
@@ -70,11 +79,11 @@ class NAMMLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of what ``update`` returns: the new tokens, behind those seen."""
-        return query_length, self.padded
+        return query_length, self.session.length
 
     def get_seq_length(self) -> int:
-        """Columns seen, padding included; never the number of tokens kept."""
-        return self.padded
+        """Columns seen by all layers, padding included; never the number of tokens kept."""
+        return self.session.length
 
     def get_max_length(self) -> int:
         """-1: no limit."""
@@ -89,10 +98,37 @@ class NAMMLayer(CacheLayerMixin):
         self.kv = None
         self.padded = 0
         self.pending = False
+        self.is_initialized = False
 
-    def activate_past_recording(self) -> None:
-        """Keep what is needed to undo updates, until the next ``crop``."""
-        self.record_past = True
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: rows have a mask and parameters that the layers share.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "NAMMCache: rows must be reordered in all layers at once, use cache.reorder_cache, got "
+            f"a call on layer {self.layer_idx}"
+        )
+
+    def settle(self) -> None:
+        """Go back to what all layers have seen, if a call failed after this one.
+
+        Raises:
+            ValueError: if an update came in between that was not recorded.
+        """
+        if self.padded == self.session.length:
+            return
+        if self.session.length == 0:
+            self.reset()
+        elif self.kv is None or self.padded < self.session.length:
+            refuse(self.layer_idx)
+        else:
+            try:
+                self.kv.roll_back()
+            except RuntimeError as error:
+                refuse(self.layer_idx, error)
+            self.padded = self.session.length
 
     # The attention function's side ---------------------------------------------------------------
 
@@ -121,27 +157,32 @@ class NAMMLayer(CacheLayerMixin):
         Raises:
             ValueError: if another layer has seen other tokens, or the batch changed its size.
         """
+        session, width = self.session, q.shape[2]
+        if self.layer_idx == session.first:
+            if self.kv is not None and session.length and q.shape[0] != self.kv.batch_size:
+                raise ValueError(
+                    f"NAMMCache: batch must have {self.kv.batch_size} rows as before, got "
+                    f"{q.shape[0]}"
+                )
+            session.begin(mask, q.shape[0], width)
+        elif session.target != session.length + width:
+            refuse(self.layer_idx)
+        self.settle()
         if self.kv is None:
             self.kv = self._make_store(q, k, v, scale)
+            self.is_initialized = True
         kv = self.kv
-        if q.shape[0] != kv.batch_size:
-            raise ValueError(
-                f"NAMMCache: batch must have {kv.batch_size} rows as before, got {q.shape[0]}"
-            )
-        after = self.padded + q.shape[2]
-        if self.session.first == self.layer_idx:
-            self.session.read_mask(mask, self.padded, q.shape[0], q.shape[2])
-            self.session.padded = after
-        elif self.session.padded != after:
-            raise ValueError(
-                f"NAMMCache: layer {self.layer_idx} has seen {self.padded} tokens where "
-                f"{self.session.padded - q.shape[2]} were expected; a forward pass was "
-                "interrupted, start again with cache.reset()"
-            )
-        kv.recording = self.record_past
-        pieces = self.session.planner(kv.seen, q.shape[2], self.session.spans, q.device)
+        kv.recording = session.recording
+        if not kv.recording:
+            kv.forget_past()
+        pieces = session.planner(kv.seen, width, session.spans, q.device)
+        kv.mark()
+        self.padded = session.target
         out = kv.forward(q, k, v, pieces)
-        self.padded = after
+        if self.layer_idx == session.first:
+            session.started()
+        if self.layer_idx == session.last:
+            session.commit()
         return out
 
     def _make_store(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> RaggedKV:

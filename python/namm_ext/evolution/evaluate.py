@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cache import NAMMCache, cache_keyword
+from ..cache import NAMMCache, borrow, cache_keyword
 from ..policy import Policy
 from ..tasks import Example, TokenScores, score_tokens
 
@@ -145,9 +145,10 @@ def read(
     Returns:
         ``[R, T, hidden]`` last hidden states, and the memory after them.
     """
-    cache = NAMMCache(model, policy, param_index=param_index)
-    given = {cache_keyword(model.base_model): cache}
-    return model.base_model(ids, **given, use_cache=True).last_hidden_state, cache
+    with borrow(model):
+        cache = NAMMCache(model, policy, param_index=param_index)
+        given = {cache_keyword(model.base_model): cache}
+        return model.base_model(ids, **given, use_cache=True).last_hidden_state, cache
 
 
 def evaluate_population(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .. import reference
 from ..budget import Budget
+from ..cache import borrow
 from ..config import NAMMConfig
-from ..patching import patch
 from ..policy import NAMM, Policy, UpdateContext
 from .evaluate import Context, by_length, read
 from .problem import Problem, length_of
@@ -355,7 +355,7 @@ def _read(
         parts += [same[i : i + rows] for i in range(0, len(same), rows)]
     seen: list[list[_Seen]] = []
     recorder = _Recorder(policy)
-    with patch(model, recorder):
+    with borrow(model):
         for part in parts:
             recorder.seen = []
             ids = torch.tensor([example.input_ids for example in part], device=model.device)
@@ -401,9 +401,7 @@ def _future_attention(
     model: Any, parts: Sequence[Sequence[Context]], n_up: int, answer_weight: float
 ) -> Iterator[Tensor]:
     """``[L, B, H, U, T]``: attention each token gets from the queries ``u n_up`` and later."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
+    with borrow(model, "eager"):
         for part in parts:
             ids = torch.tensor([example.input_ids for example in part], device=model.device)
             with torch.inference_mode():
@@ -415,8 +413,6 @@ def _future_attention(
                 ]
             )
             del attentions
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _credit(

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..budget import Budget
+from ..cache import borrow
 from ..config import NAMMConfig
-from ..patching import patch
 from ..policy import NAMM, Policy, StatisticsCalibrator
 from .evaluate import MAX_TOKENS, Context, Evaluation, by_length, read
 from .fingerprint import hash_model, hash_values
@@ -106,7 +106,7 @@ def calibrate_statistics(
         ``mean [17]`` and ``var [17]``, float32 (spec section 4).
     """
     calibrator = StatisticsCalibrator(config)
-    with patch(model, calibrator):
+    with borrow(model):
         for length, members in by_length(contexts).items():
             ids = torch.tensor([contexts[i].input_ids for i in members], device=model.device)
             for rows in ids.split(max(1, MAX_TOKENS // length)):
@@ -160,7 +160,7 @@ def evolve(
     with nullcontext() if output_dir is None else RunFolder.open(output_dir) as folder:
         run = _Run(model, problem, config, folder, x0, policy_of)
         run.start(on_imitation)
-        with patch(model, run.policy()):
+        with borrow(model):
             run.validate_start()
             while run.search.generation < config.generations and not should_stop():
                 on_generation(run.step())

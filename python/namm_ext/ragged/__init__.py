@@ -18,10 +18,12 @@ layers of a model ask the same question, so it remembers its last answer.
 from .files import from_tensors, to_tensors
 from .ledger import Ledger
 from .planner import CARRY, Due, Piece, Planner
-from .store import RaggedKV, Store
+from .store import ROLLBACK_TOKENS, RaggedKV
+from .undo import Store, lasting
 
 __all__ = [
     "CARRY",
+    "ROLLBACK_TOKENS",
     "Due",
     "Ledger",
     "Piece",
@@ -29,5 +31,6 @@ __all__ = [
     "RaggedKV",
     "Store",
     "from_tensors",
+    "lasting",
     "to_tensors",
 ]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,40 +13,18 @@ from .. import ops
 from ..policy import Policy, UpdateContext, check_num_kept
 from ..values import Segments, Window
 from .ledger import Ledger
-from .planner import CARRY, Due, Piece
+from .planner import CARRY, Due, Piece, Planner
+from .undo import Store, Version, choose, gather, lasting
 
 #: A draft of up to this many tokens can be undone while ``recording``.
 ROLLBACK_TOKENS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
-    """The tensors that an update replaces, and the host's knowledge about them."""
+class Cropped(NamedTuple):
+    """What a crop leads to, and how many updates it undoes."""
 
-    segments: Segments
-    slots: tuple[int, ...]  # rows of each segment's slot, room included
-    kept: tuple[int, ...]  # survivors of the last update of each segment
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.segments.k.nbytes + self.segments.v.nbytes
-
-    @property
-    def memory_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.segments) - self.kv_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    store: Store
-    q_window: Tensor
-    lse_window: Tensor
-    seen: tuple[int, ...]
-    rows: tuple[bool, ...]  # which updated
-
-    def is_behind(self, target: tuple[int, ...]) -> bool:
-        """Whether this update came after the point where the rows had seen ``target`` tokens."""
-        return any(d and t < s for d, t, s in zip(self.rows, target, self.seen, strict=True))
+    version: Version
+    undone: int
 
 
 class RaggedKV:
@@ -72,6 +49,7 @@ class RaggedKV:
     for by the next call.
     """
 
+    @lasting
     def __init__(
         self,
         policy: Policy,
@@ -104,7 +82,9 @@ class RaggedKV:
         self.num_updates = 0
         self.recording = False
         self.ledger = Ledger(ledger)
-        self._snapshots: list[_Snapshot] = []
+        self._past: list[Version] = []  # before updates, oldest first, while recording
+        self._before = self.seen  # at the last mark
+        self._torn = False  # in the middle of committing an update
         self.overdue: Due | None = None  # an update that failed or has yet to run
 
         num_segments = batch_size * num_kv_heads
@@ -125,24 +105,29 @@ class RaggedKV:
             batch_size, num_heads, rows, head_dim, dtype=dtype, device=device
         )
         self.lse_window = torch.zeros(batch_size, num_heads, rows, dtype=real, device=device)
-        self.ledger.add(self.store.kv_bytes, self.store.memory_bytes + self._window_bytes)
+        self.ledger.add(*self.held)
 
     # Sizes ---------------------------------------------------------------------------------------
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Live rows of every segment, from the host's own books."""
-        overdue = (False,) * self.batch_size if self.overdue is None else self.overdue.rows
         since = [
-            self.n_up if due else s % self.n_up for s, due in zip(self.seen, overdue, strict=True)
+            self.n_up if due else s % self.n_up
+            for s, due in zip(self.seen, self.overdue_rows, strict=True)
         ]
         return tuple(n + since[s // self.num_kv_heads] for s, n in enumerate(self.store.kept))
 
     @property
-    def _window_bytes(self) -> int:
-        return self.q_window.nbytes + self.lse_window.nbytes
+    def overdue_rows(self) -> tuple[bool, ...]:
+        """``[B]`` rows whose update failed or has yet to run."""
+        return (False,) * self.batch_size if self.overdue is None else self.overdue.rows
 
     # A call --------------------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """What comes in from here on can be taken back by ``roll_back``."""
+        self._before = self.seen
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """Take in new tokens and attend to what the layer remembers.
@@ -197,6 +182,7 @@ class RaggedKV:
             self.q_window[rows, :, slots] = q[rows, :, cols]
             self.lse_window[rows, :, slots] = lse[rows, :, cols]
 
+    @lasting
     def update(self, due: Due) -> None:
         """Let the policy decide for the rows that are due, and build the new store.
 
@@ -236,13 +222,14 @@ class RaggedKV:
 
     def _commit(self, new: Store, due: Due) -> None:
         q_window, lse_window = self.q_window, self.lse_window
+        self._torn = True
         if self.recording:
             # The old store's bytes stay on the ledger.
-            self._snapshots.append(_Snapshot(self.store, q_window, lse_window, self.seen, due.rows))
+            self._past.append(Version(self.store, q_window, lse_window, self.seen, due.rows))
             q_window, lse_window = q_window.clone(), lse_window.clone()
             self.ledger.add(0, q_window.nbytes + lse_window.nbytes)
-            if len(self._snapshots) > 1 + ROLLBACK_TOKENS // self.n_up:
-                self._forget(self._snapshots.pop(0))
+            while not self._is_near(self._past[0]):
+                self._forget(self._past.pop(0))
         else:
             self.ledger.add(-self.store.kv_bytes, -self.store.memory_bytes)
         if q_window.shape[2]:
@@ -254,99 +241,101 @@ class RaggedKV:
         self.store, self.q_window, self.lse_window = new, q_window, lse_window
         self.overdue = None
         self.num_updates += 1
+        self._torn = False
 
     # Undo ----------------------------------------------------------------------------------------
 
-    def _forget(self, snapshot: _Snapshot) -> None:
-        windows = snapshot.q_window.nbytes + snapshot.lse_window.nbytes
-        self.ledger.add(-snapshot.store.kv_bytes, -snapshot.store.memory_bytes - windows)
+    def _is_near(self, version: Version) -> bool:
+        """Whether undoing ``ROLLBACK_TOKENS`` of some row takes its update back."""
+        return any(
+            due and now - then < ROLLBACK_TOKENS
+            for due, now, then in zip(version.due, self.seen, version.seen, strict=True)
+        )
+
+    def _forget(self, version: Version) -> None:
+        self.ledger.add(-version.kv_bytes, -version.memory_bytes)
 
     def forget_past(self) -> None:
         """Drop what was recorded for undoing updates."""
-        while self._snapshots:
-            self._forget(self._snapshots.pop())
+        while self._past:
+            self._forget(self._past.pop())
 
-    def crop(self, removed: Sequence[int]) -> None:
-        """Forget the last ``removed[b]`` real tokens of every row, exactly as if never seen.
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes of everything that is only there for undoing updates."""
+        return sum(version.kv_bytes + version.memory_bytes for version in self._past)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of (keys and values, everything else), the recorded past aside."""
+        now = self._now
+        return now.kv_bytes, now.memory_bytes
+
+    @property
+    def _now(self) -> Version:
+        return Version(self.store, self.q_window, self.lse_window, self.seen, self.overdue_rows)
+
+    @lasting
+    def cropped(self, removed: Sequence[int]) -> Cropped:
+        """What the layer is without the last ``removed[b]`` real tokens of every row, exactly as
+        if never seen; nothing changes before ``restore``.
 
         Raises:
             RuntimeError: if an update would have to be undone that was not recorded.
         """
-        target = tuple(s - n for s, n in zip(self.seen, removed, strict=True))
-        depth = len(self._snapshots)
-        undone: _Snapshot | None = None
-        while depth and self._snapshots[depth - 1].is_behind(target):
-            depth -= 1
-            undone = self._snapshots[depth]
-
-        if undone is not None:
-            seen, due = undone.seen, undone.rows
-        else:
-            seen = self.seen
-            due = (False,) * len(seen) if self.overdue is None else self.overdue.rows
-        excess = [s - t for s, t in zip(seen, target, strict=True)]
-        since = [self.n_up if d else s % self.n_up for s, d in zip(seen, due, strict=True)]
-        if any(not 0 <= e <= n for e, n in zip(excess, since, strict=True)):
+        target = [s - n for s, n in zip(self.seen, removed, strict=True)]
+        chosen = choose([*self._past, self._now], target, self.n_up)
+        if chosen is None or self._torn:
             raise RuntimeError(
                 f"crop: cannot undo the memory update of layer {self.layer_idx} that dropped "
                 f"tokens, asked to remove {max(removed)} tokens; call "
                 "cache.activate_past_recording() before the tokens come in"
             )
-        if undone is not None:
-            for snapshot in self._snapshots[depth + 1 :]:
-                self._forget(snapshot)
-            self.ledger.add(-self.store.kv_bytes, -self.store.memory_bytes - self._window_bytes)
-            self.store = undone.store
-            self.q_window, self.lse_window = undone.q_window, undone.lse_window
-            self.num_updates -= len(self._snapshots) - depth
-            self._snapshots = self._snapshots[:depth]
-        if any(excess):
-            self.overdue = None
-            used = self.store.segments.seqused_k
-            step = torch.tensor(excess, dtype=torch.int32, device=used.device)
-            used.sub_(step.repeat_interleave(self.num_kv_heads))
-        self.seen = target
+        versions, excess = chosen
+        sources = [(version, row) for row, version in enumerate(versions)]
+        undone = sum(
+            all(not d or t < s for d, t, s in zip(v.due, target, v.seen, strict=True))
+            for v in self._past
+        )
+        return Cropped(gather(sources, self.num_kv_heads, self.n_up, excess), undone)
 
-    # Rows of the batch ---------------------------------------------------------------------------
+    def restore(self, cropped: Cropped) -> None:
+        """Become what ``cropped`` found; drops the recorded past."""
+        self.num_updates -= cropped.undone
+        self._become(cropped.version)
 
+    def crop(self, removed: Sequence[int]) -> None:
+        """``cropped`` and ``restore``."""
+        self.restore(self.cropped(removed))
+
+    def roll_back(self) -> None:
+        """Forget what came in since ``mark``, in a call in which something failed.
+
+        Raises:
+            RuntimeError: if it got as far as an update, and that was not recorded.
+        """
+        self.crop([now - before for now, before in zip(self.seen, self._before, strict=True)])
+
+    @lasting
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make batch row i a copy of the old row ``rows[i]``; drops the recorded past."""
+        sources = [(self._now, row) for row in rows]
+        index = torch.tensor(rows, device=self.param_index.device)
+        self.param_index = self.param_index[index]
+        self._become(gather(sources, self.num_kv_heads, self.n_up, [0] * len(rows)))
+
+    def _become(self, version: Version) -> None:
         self.forget_past()
-        old, h = self.store, self.num_kv_heads
-        ends = [0, *accumulate(old.slots)]
-        numbers = [b * h + i for b in rows for i in range(h)]
-        slots = tuple(old.slots[s] for s in numbers)
-
-        def gather(x: Tensor) -> Tensor:
-            return torch.cat([x[ends[b * h] : ends[(b + 1) * h]] for b in rows])
-
-        used = old.segments.seqused_k
-        row_index = torch.tensor(rows, device=used.device)
-        cu_seqlens_k = torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=used.device)
-        used = used[torch.tensor(numbers, device=used.device)]
-        tokens = (gather(tensor) for tensor in old.segments.tokens)
-        segments = Segments._make((*tokens, cu_seqlens_k, used))
-        new = Store(segments, slots, tuple(old.kept[s] for s in numbers))
-        window_bytes = self._window_bytes
-        q_window, lse_window = self.q_window[row_index], self.lse_window[row_index]
-        self.ledger.add(new.kv_bytes, new.memory_bytes + q_window.nbytes + lse_window.nbytes)
-        self.ledger.add(-old.kv_bytes, -old.memory_bytes - window_bytes)
-        self.store, self.q_window, self.lse_window = new, q_window, lse_window
-        self.param_index = self.param_index[row_index]
-        self.seen = tuple(self.seen[b] for b in rows)
-        self.batch_size = len(rows)
-        if self.overdue is not None:
-            self.overdue = Due(
-                tuple(self.overdue.rows[b] for b in rows),
-                self.overdue.active[row_index],
-                self.overdue.pos_q[row_index],
-                tuple(self.overdue.seen[b] for b in rows),
-            )
-
-    @property
-    def held(self) -> tuple[int, int]:
-        """Bytes of (keys and values, everything else), the recorded past aside."""
-        return self.store.kv_bytes, self.store.memory_bytes + self._window_bytes
+        old, new = self.held, (version.kv_bytes, version.memory_bytes)
+        if version.store.segments.k is not self.store.segments.k:
+            self.ledger.add(*new)
+            self.ledger.add(-old[0], -old[1])
+        self.store, self.seen = version.store, version.seen
+        self.q_window, self.lse_window = version.q_window, version.lse_window
+        self.batch_size = len(version.seen)
+        device = self.store.segments.k.device
+        self.overdue = Planner(self.n_up).due(version.seen, version.due, device)
+        self._before = version.seen
 
     def release(self) -> None:
         """Take this layer's bytes off the books; the store must not be used afterwards."""

@@ -1,0 +1,208 @@
+"""A call that fails leaves the cache as it was, or a cache that refuses everything until reset."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import namm_ext
+import pytest
+import torch
+from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
+from namm_ext import NAMMCache, ops
+from namm_ext.ragged import RaggedKV
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+#: Columns where calls end: a prompt with an update, steps over an update, a chunk over one.
+ENDS = (0, 20, 31, 32, 33, 50)
+PAD = 7
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt: no ``except Exception`` sees it."""
+
+
+class Injector:
+    """Raises at the n-th of the places that it is told about."""
+
+    def __init__(self):
+        self.count, self.at = 0, None
+        self.places = []
+
+    def tick(self, place=None):
+        self.count += 1
+        self.places.append(place)
+        if self.count == self.at:
+            raise Interrupt
+
+    def points(self):
+        """The places of a run in which nothing failed."""
+        return list(range(1, self.count + 1))
+
+
+class AroundParts(Injector):
+    """Before and after every op, update, sliding layer and MLP of a forward pass."""
+
+    def __init__(self, monkeypatch, model):
+        super().__init__()
+        for name in ("append_", "attend_", "compact", "select"):
+            monkeypatch.setattr(ops, name, self.around(getattr(ops, name)))
+        monkeypatch.setattr(RaggedKV, "update", self.around(RaggedKV.update))
+        update = DynamicSlidingWindowLayer.update
+        monkeypatch.setattr(DynamicSlidingWindowLayer, "update", self.around(update))
+        for layer in model.model.layers:
+            monkeypatch.setattr(layer.mlp, "forward", self.around(layer.mlp.forward))
+
+    def around(self, function):
+        def wrapped(*args, **kwargs):
+            self.tick()
+            result = function(*args, **kwargs)
+            self.tick()
+            return result
+
+        return wrapped
+
+    def run(self, function, *args):
+        return function(*args)
+
+
+class AtLines(Injector):
+    """At every line of the store and of the cache, as Ctrl-C would."""
+
+    def __init__(self, monkeypatch, model):
+        super().__init__()
+        folder = Path(namm_ext.__file__).parent
+        self.call = 0
+        self.folders = (str(folder / "ragged"), str(folder / "cache"))
+
+    def trace(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(self.folders):
+            return None
+        if event == "line":
+            self.tick((self.call, frame.f_code.co_filename, frame.f_lineno))
+        return self.trace
+
+    def points(self):
+        """Every line the first and the last time that it runs in a call."""
+        points = range(1, self.count + 1)
+        last = dict(zip(self.places, points, strict=True))
+        first = dict(zip(reversed(self.places), reversed(points), strict=True))
+        return sorted({*first.values(), *last.values()})
+
+    def run(self, function, *args):
+        self.call += 1
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            return function(*args)
+        finally:
+            sys.settrace(before)
+
+
+class Sequence:
+    """A text that comes in several calls, with what they return and leave when nothing fails."""
+
+    def __init__(self, kind):
+        hybrid = kind == "hybrid"
+        self.model = build(gemma3_config() if hybrid else FAMILIES["llama"](), torch.float64)
+        self.policy = evicting_policy(budget=10)
+        rows = 2 if kind == "padded" else 1
+        self.ids = tokens(rows, ENDS[-1])
+        self.mask = torch.ones_like(self.ids)
+        if kind == "padded":
+            self.mask[0, :PAD] = 0
+        self.recording = kind == "recording"
+        cache = self.cache()
+        self.want = [self.call(cache, i) for i in range(len(ENDS) - 1)]
+        self.end = self.state(cache)
+
+    def cache(self):
+        cache = NAMMCache(self.model, self.policy)
+        if self.recording:
+            cache.activate_past_recording()
+        return cache
+
+    @torch.no_grad()
+    def call(self, cache, i):
+        a, b = ENDS[i], ENDS[i + 1]
+        mask = self.mask[:, :b]
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, a:b]
+        return self.model(
+            self.ids[:, a:b], attention_mask=mask, position_ids=position_ids, cache=cache
+        ).logits
+
+    def state(self, cache):
+        lengths = [layer.cumulative_length for layer in cache.sliding_layers]
+        held = [positions(x, r) for x in cache.memory_layers for r in range(self.ids.shape[0])]
+        return held, lengths, [x.kv.seen for x in cache.memory_layers], cache.get_seq_length()
+
+    def finish(self, cache, first):
+        for i in range(first, len(ENDS) - 1):
+            torch.testing.assert_close(self.call(cache, i), self.want[i], atol=1e-9, rtol=0)
+        assert self.state(cache) == self.end
+
+
+PLACES = {"parts": (AroundParts, 7), "lines": (AtLines, 61)}
+
+
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "padded", "recording"])
+def test_whatever_fails_the_next_call_is_right_or_refused(kind, places, dense, monkeypatch):
+    sequence = Sequence(kind)
+    make, stride = PLACES[places]
+    injector = make(monkeypatch, sequence.model)
+    cache = sequence.cache()
+    for i in range(len(ENDS) - 1):
+        injector.run(sequence.call, cache, i)
+    points = injector.points()
+    assert len(points) > 80
+    right = refused = 0
+    for point in points[:: 1 if dense else stride]:
+        cache = sequence.cache()
+        injector.count, injector.at = 0, point
+        for i in range(len(ENDS) - 1):
+            before = [layer.kv and layer.kv.num_updates for layer in cache.memory_layers]
+            try:
+                injector.run(sequence.call, cache, i)
+            except Interrupt:
+                break
+        else:
+            pytest.fail("nothing failed")
+        injector.at = None
+        updated = [layer.kv and layer.kv.num_updates for layer in cache.memory_layers] != before
+        if cache.get_seq_length() == ENDS[i + 1]:  # every layer has the tokens: the call counts
+            sequence.finish(cache, i + 1)
+            continue
+        assert cache.get_seq_length() == ENDS[i]
+        try:
+            again = sequence.call(cache, i)
+        except ValueError as error:
+            refused += 1
+            if "cache.reset()" not in str(error):
+                raise
+            assert updated or kind == "hybrid" or places == "lines"
+            check_refused(sequence, cache, i)
+            cache.reset()
+            if sequence.recording:
+                cache.activate_past_recording()
+            sequence.finish(cache, 0)
+        else:
+            right += 1
+            torch.testing.assert_close(again, sequence.want[i], atol=1e-9, rtol=0)
+            sequence.finish(cache, i + 1)
+    assert right > 0.4 * (right + refused), (right, refused)
+    assert right + refused > 10
+
+
+def check_refused(sequence, cache, i):
+    """Everything, and again."""
+    for action in (
+        lambda: sequence.call(cache, i),
+        lambda: cache.crop(-1),
+        lambda: cache.reorder_cache(torch.zeros(1, dtype=torch.long)),
+        lambda: cache.save("never"),
+        lambda: sequence.call(cache, i),
+    ):
+        with pytest.raises(ValueError, match=r"cache\.reset\(\)"):
+            action()
