@@ -53,7 +53,7 @@ def expected(model, readings):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("policy", [None, baselines.StreamingLLM(cache_size=2048)])
+@pytest.mark.parametrize("policy", [None, baselines.StreamingLLM(2048)])
 def test_answers_of_everything_kept(model, readings, policy, batch_size):
     correct, loglik = expected(model, readings)
     answers = answer_readings(model, policy, readings, batch_size=batch_size)
@@ -66,7 +66,7 @@ def test_answers_of_everything_kept(model, readings, policy, batch_size):
 
 
 def test_a_memory_forgets(model, readings):
-    policy = baselines.StreamingLLM(cache_size=128, n_up=64)
+    policy = baselines.StreamingLLM(128, n_up=64)
     answers = answer_readings(model, policy, readings, batch_size=2)
     alone = answer_readings(model, policy, readings)
     np.testing.assert_allclose(answers.loglik, alone.loglik, rtol=1e-3, atol=1e-3)
@@ -104,7 +104,7 @@ def test_bits_per_byte(model):
         targets = torch.tensor(window.ids[window.start :])
         nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         assert bits == pytest.approx(nats / np.log(2) / window.num_bytes, rel=1e-4)
-    forgetful = text_bits(model, baselines.StreamingLLM(cache_size=32, n_up=32), windows)
+    forgetful = text_bits(model, baselines.StreamingLLM(32, n_up=32), windows)
     assert forgetful.mean() > found.mean()
 
 

@@ -167,9 +167,9 @@ def unseen_family(rng: random.Random, library: Library) -> Draft:
 
 
 def overwritten(rng: random.Random, library: Library) -> Draft:
-    """Five things that are moved one to three times; asked where they are in the end."""
-    items = things(rng, library.split, 5)
-    moves = [item for i, item in enumerate(items) for _ in range((1, 2, 2, 3, 3)[i])]
+    """Four things that are moved one to three times; asked where they are in the end."""
+    items = things(rng, library.split, 4)
+    moves = [item for item, times in zip(items, (1, 2, 2, 3), strict=True) for _ in range(times)]
     rng.shuffle(moves)
     facts: list[str] = []
     newest: dict[str, tuple[int, str]] = {}
@@ -177,13 +177,11 @@ def overwritten(rng: random.Random, library: Library) -> Draft:
         before = newest.get(item, (0, ""))[1]
         place = rng.choice([p for p in words("place", library.split) if p != before])
         newest[item] = (len(facts), place)
-        verb = rng.choice(("has been moved", "was carried", "has now been brought"))
-        facts.append(f"Update: the {item} {verb} to the {place}.")
+        facts.append(f"Update: the {item} is now in the {place}.")
     asks = tuple(
         Ask(
-            f"Several things were moved in the text. Where is the {item} now, after the last "
-            "update about it?",
-            f"After the last update, the {item} is in the",
+            f"Where is the {item} now, according to the latest update?",
+            f"According to the latest update, the {item} is now in the",
             newest[item][1],
             newest[item][0],
         )

@@ -43,30 +43,32 @@ def many_shot(rng: random.Random, library: Library) -> Draft:
 
 
 def table(rng: random.Random, library: Library) -> Draft:
-    """A table of twelve people with city, job and number, in one of three formats; cells asked."""
-    count = 12
-    columns = ("name", "city", "job", "number")
-    rows = [
-        (name, rng.choice(words("city", library.split)), rng.choice(words("job", library.split)), n)
-        for name, n in zip(people(rng, library.split, count), numbers(rng, 3, count), strict=True)
-    ]
-    style = rng.choice(("markdown", "csv", "lines"))
-    if style == "markdown":
-        head = ("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns))
-        lines = [*head, *("| " + " | ".join(row) + " |" for row in rows)]
-    elif style == "csv":
-        lines = [", ".join(columns), *(", ".join(row) for row in rows)]
+    """A table of ten people and a city, job or number of each, in one of three formats."""
+    count = 10
+    column = rng.choice(("city", "job", "number"))
+    if column == "number":
+        cells = numbers(rng, 4, count)
     else:
-        lines = [
-            "; ".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True))
-            for row in rows
-        ]
-    first = len(lines) - count
-    asks: list[Ask] = []
-    for i in rng.sample(range(count), 6):
-        column = 1 + len(asks) % 3
-        what = columns[column]
-        question = f"In the table, what is the {what} of {rows[i][0]}?"
-        asks.append(Ask(question, f"The {what} of {rows[i][0]} is", rows[i][column], first + i))
+        cells = [rng.choice(words(column, library.split)) for _ in range(count)]
+    names = people(rng, library.split, count)
+    head, row = rng.choice(
+        (
+            (["| name | {column} |", "|---|---|"], "| {name} | {cell} |"),
+            (["name,{column}"], "{name},{cell}"),
+            (["The {column} of each person:"], "{name}: {cell}"),
+        )
+    )
+    lines = [line.format(column=column) for line in head]
+    first = len(lines)
+    lines += [row.format(name=n, cell=c) for n, c in zip(names, cells, strict=True)]
+    asks = tuple(
+        Ask(
+            f"Which {column} does the table give for {names[i]}?",
+            f"The {column} of {names[i]} is",
+            cells[i],
+            first + i,
+        )
+        for i in rng.sample(range(count), 6)
+    )
     intro = "The following text contains a table. I will ask you about it afterwards."
-    return Draft(intro, tuple(lines), tuple(asks), filler.prose(rng, library), together=True)
+    return Draft(intro, tuple(lines), asks, filler.prose(rng, library), together=True)

@@ -4,7 +4,8 @@ The wordings, the beginnings of the answers and what varies between the tasks ar
 with one value; several keys, of which one is asked; a key with several values; several keys asked
 at once; chains of variables. The haystack is prose, facts stand between sentences. Numbers have
 five digits. Where RULER counts how many items of a list are named, here each item is a question of
-its own, behind the items before it.
+its own, behind the items before it; and a chain is followed from its end, step by step, where RULER
+asks for all of its variables: a small model cannot do that even with the whole cache.
 """
 
 from __future__ import annotations
@@ -28,68 +29,73 @@ def single(rng: random.Random, library: Library) -> Draft:
 
 
 def multi_key(rng: random.Random, library: Library) -> Draft:
-    """Eight keys of one value each; each is asked."""
-    return _keys(rng, library, 8)
+    """Four keys of one value each; each is asked."""
+    return _keys(rng, library, 4)
 
 
 def multi_value(rng: random.Random, library: Library) -> Draft:
-    """Two keys of three values each; each value is asked, behind those before it."""
+    """Two keys of two values each; each value is asked, behind those before it."""
     keys = things(rng, library.split, 2)
-    owners = keys * 3
+    owners = keys * 2
     rng.shuffle(owners)
     values = numbers(rng, 5, len(owners))
     asks = []
     for key in keys:
-        mine = [i for i, owner in enumerate(owners) if owner == key]
-        asks += _list_asks(key, [(i, values[i]) for i in mine])
+        question = (
+            f"What are all the special magic numbers for {key} mentioned in the provided text?"
+        )
+        prefix = f"The special magic numbers for {key} mentioned in the provided text are"
+        for fact, owner in enumerate(owners):
+            if owner == key:
+                asks.append(Ask(question, prefix, values[fact], fact))
+                prefix += f" {values[fact]} and"
     return _needles(rng, library, owners, values, asks)
 
 
 def multi_query(rng: random.Random, library: Library) -> Draft:
-    """Six keys of one value each; three are asked at once, each behind those before it."""
-    keys = things(rng, library.split, 6)
+    """Four keys of one value each; two are asked at once, each behind those before it."""
+    keys = things(rng, library.split, 4)
     values = numbers(rng, 5, len(keys))
-    order = rng.sample(range(6), 6)
+    order = rng.sample(range(4), 4)
     asks = []
-    for group in (order[:3], order[3:]):
-        named = f"{keys[group[0]]}, {keys[group[1]]}, and {keys[group[2]]}"
-        asks += _list_asks(named, [(i, values[i]) for i in group])
+    for group in (order[:2], order[2:]):
+        named = " and ".join(keys[i] for i in group)
+        question = (
+            f"What are all the special magic numbers for {named} mentioned in the provided text?"
+        )
+        prefix = f"The special magic numbers for {named} mentioned in the provided text are:"
+        for fact in group:
+            asks.append(Ask(question, f"{prefix} {keys[fact]}:", values[fact], fact))
+            prefix += f" {keys[fact]}: {values[fact]},"
     return _needles(rng, library, keys, values, asks)
 
 
 def variable_tracking(rng: random.Random, library: Library) -> Draft:
-    """Two chains of a value and three variables; each variable is asked, behind those before it."""
+    """Two chains of a value and three variables; each step from the last variable is asked."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     names: list[str] = []
     while len(names) < 6:
         name = "".join(rng.sample(letters, 5))
         if name not in names:
             names.append(name)
-    values = numbers(rng, 5, 2)
-    chains = (names[:3], names[3:])
-    lines = [
-        [f"VAR {a} = {b if b.isdigit() else f'VAR {b}'}" for a, b in zip(c, [v, *c], strict=False)]
-        for c, v in zip(chains, values, strict=True)
-    ]
+    chains = [[value, *names[3 * i : 3 * i + 3]] for i, value in enumerate(numbers(rng, 5, 2))]
     # The lines of a chain keep their order, the chains mix.
     order = [0] * 3 + [1] * 3
     rng.shuffle(order)
     facts: list[str] = []
     asks: list[Ask] = []
-    where: dict[str, int] = {}
-    steps = [0, 0]
-    for which in order:
-        where[chains[which][steps[which]]] = len(facts)
-        facts.append(lines[which][steps[which]])
-        steps[which] += 1
-    for chain, value in zip(chains, values, strict=True):
-        for i, name in enumerate(chain):
-            prefix = (
-                "According to the chain(s) of variable assignment in the text above, 3 variables "
-                f"are assigned the value {value}, they are:"
-            )
-            question = f"Find all variables that are assigned the value {value} in the text above."
-            asks.append(Ask(question, " ".join([prefix, *chain[:i]]), name, where[name]))
+    for i, which in enumerate(order):
+        chain, step = chains[which], order[:i].count(which)
+        source = chain[step] if step == 0 else f"VAR {chain[step]}"
+        facts.append(f"VAR {chain[step + 1]} = {source}.")
+    for which, chain in enumerate(chains):
+        lines = [i for i, other in enumerate(order) if other == which]
+        question = f"Trace the variable {chain[-1]} back to its value, assignment by assignment."
+        prefix = "The chain of variable assignment in the text above:"
+        for step in (2, 1, 0):
+            prefix += f" VAR {chain[step + 1]} = {'VAR' if step else ''}".rstrip()
+            asks.append(Ask(question, prefix, chain[step], lines[step]))
+            prefix += f" {chain[step]}."
     intro = "Memorize and track the chain(s) of variable assignment hidden in the following text."
     return Draft(intro, tuple(facts), tuple(asks), filler.prose(rng, library))
 
@@ -107,16 +113,6 @@ def _keys(rng: random.Random, library: Library, count: int) -> Draft:
         for i, (key, value) in enumerate(zip(keys, values, strict=True))
     ]
     return _needles(rng, library, keys, values, asks)
-
-
-def _list_asks(named: str, items: list[tuple[int, str]]) -> list[Ask]:
-    prefix = f"The special magic numbers for {named} mentioned in the provided text are"
-    question = f"What are all the special magic numbers for {named} mentioned in the provided text?"
-    asks = []
-    for fact, value in items:
-        asks.append(Ask(question, prefix, value, fact))
-        prefix += f" {value},"
-    return asks
 
 
 def _needles(
