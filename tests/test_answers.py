@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from namm_ext import zoo
+from namm_ext.corpus import load_documents
 from namm_ext.tasks import suite
 
 pytest.importorskip("transformers")
@@ -97,7 +98,7 @@ def test_lengths_must_agree(model, readings):
 
 @torch.inference_mode()
 def test_bits_per_byte(model):
-    windows = suite.text_windows(zoo.load_tokenizer(), zoo.load_documents("validation"), 256, 3)
+    windows = suite.text_windows(zoo.load_tokenizer(), load_documents("validation"), 256, 3)
     found = text_bits(model, None, windows, batch_size=2)
     for bits, window in zip(found, windows, strict=True):
         logits = model(torch.tensor([window.ids])).logits[0, window.start - 1 : -1].double()

@@ -59,14 +59,16 @@ class Ask:
     Attributes:
         question: what the user says.
         prefix: how the assistant's sentence begins, up to the word before the answer.
-        answer: follows the prefix after a space.
+        answer: follows the prefix.
         fact: index of the fact that states the answer; None if it is the context as a whole.
+        space: what stands between prefix and answer.
     """
 
     question: str
     prefix: str
     answer: str
     fact: int | None = None
+    space: str = " "
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,12 @@ class Chat:
         """The tokens of a question behind a context, or behind the answer before."""
         before = f".{self.between}" if after_answer else "\n\n"
         text = f"{before}{self.opening}{ask.question}{self.tail}{ask.prefix}"
-        ids, both = self.ids(text), self.ids(f"{text} {ask.answer}")
-        # A tokenizer may join the end of the prefix with the answer: that token is the answer's.
-        while both[: len(ids)] != ids:
-            ids.pop()
-        return Question(tuple(ids), tuple(both[len(ids) :]))
+        encoded = self.tokenizer(
+            f"{text}{ask.space}{ask.answer}", add_special_tokens=False, return_offsets_mapping=True
+        )
+        # Where the space before the answer is a token of its own, it is not part of the answer.
+        given = sum(stop <= len(text) + len(ask.space) for _, stop in encoded.offset_mapping)
+        return Question(tuple(encoded.input_ids[:given]), tuple(encoded.input_ids[given:]))
 
 
 def lay_out(task: str, draft: Draft, chat: Chat, length: int, rng: random.Random) -> Reading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from ...library import Library
 from ..readings import Ask, Draft
@@ -22,27 +23,24 @@ def code(rng: random.Random, library: Library) -> Draft:
     texts = rng.sample(words("noun", split), len(names))
     facts, asks = [], []
     for i, (name, number, text) in enumerate(zip(names, integers, texts, strict=True)):
-        kind = i % 4
-        if kind == 0:
-            facts.append(f"{name.upper()} = {number}")
-            left, answer = f"{name.upper()} ==", number
-        elif kind == 1:
-            facts.append(f'{name.upper()} = "{text}"')
-            left, answer = f"{name.upper()} ==", f'"{text}"'
-        elif kind == 2:
-            facts.append(f"def get_{name}():\n    return {number}")
-            left, answer = f"get_{name}() ==", number
+        value = text if i % 2 else number
+        quote = '"' if i % 2 else ""
+        if i % 4 < 2:
+            facts.append(f"{name.upper()} = {quote}{value}{quote}")
+            left = name.upper()
         else:
-            facts.append(f'def get_{name}():\n    return "{text}"')
-            left, answer = f"get_{name}() ==", f'"{text}"'
+            facts.append(f"def get_{name}():\n    return {quote}{value}{quote}")
+            left = f"get_{name}()"
         question = "Complete the test with the value from the code above."
-        asks.append(Ask(question, f"```python\nassert {left}", answer, i))
+        prefix = f"```python\nassert {left} =="
+        space = f" {quote}"
+        asks.append(Ask(question, prefix, value, i, space))
     order = rng.sample(range(len(facts)), len(facts))
     where = {old: new for new, old in enumerate(order)}
     return Draft(
         "Read the following Python code. I will ask you to complete a test of it.",
         tuple(facts[i] for i in order),
-        tuple(Ask(a.question, a.prefix, a.answer, where[i]) for i, a in enumerate(asks)),
+        tuple(replace(ask, fact=where[i]) for i, ask in enumerate(asks)),
         filler.code(rng, library),
         gap="\n\n\n",
     )

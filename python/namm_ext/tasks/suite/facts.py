@@ -86,7 +86,7 @@ FACT_FAMILIES = (
             "{who} could eat {what} every day.",
         ),
         "What is the favorite food of {who}?",
-        "The favorite food of {who} is",
+        "{who} loves to eat",
         "food",
     ),
     FactFamily(
@@ -103,23 +103,23 @@ FACT_FAMILIES = (
     FactFamily(
         "color",
         (
-            "{who} painted the front door {what}.",
-            "You recognize the house of {who} by its {what} door.",
-            "The door through which {who} goes home is {what}.",
+            "{who} drives a {what} car.",
+            "The {what} car in the driveway belongs to {who}.",
+            "The car that {who} bought last year is {what}.",
         ),
-        "What color is the door of {who}?",
-        "The color of the door of {who} is",
+        "What color is the car of {who}?",
+        "The color of the car of {who} is",
         "color",
     ),
     FactFamily(
         "locker",
         (
-            "{who} opens the locker with the digits {what}.",
+            "{who} keeps a coat in the locker that {what} unlocks.",
             "To get into the locker, {who} types {what}.",
             "The locker of {who} stays shut until one enters {what}.",
         ),
         "What is the code of the locker of {who}?",
-        "The locker code of {who} is",
+        "{who} unlocks the locker with the number",
         "number",
     ),
     FactFamily(
@@ -130,7 +130,7 @@ FACT_FAMILIES = (
             "The {who} was sold for {what} dollars.",
         ),
         "How much does the {who} cost?",
-        "In dollars, the price of the {who} is",
+        "In dollars, the {who} costs",
         "price",
         "things",
     ),
@@ -167,27 +167,26 @@ def unseen_family(rng: random.Random, library: Library) -> Draft:
 
 
 def overwritten(rng: random.Random, library: Library) -> Draft:
-    """Four things that are moved one to three times; asked where they are in the end."""
-    items = things(rng, library.split, 4)
-    moves = [item for item, times in zip(items, (1, 2, 2, 3), strict=True) for _ in range(times)]
-    rng.shuffle(moves)
-    facts: list[str] = []
-    newest: dict[str, tuple[int, str]] = {}
-    for item in moves:
-        before = newest.get(item, (0, ""))[1]
-        place = rng.choice([p for p in words("place", library.split) if p != before])
-        newest[item] = (len(facts), place)
-        facts.append(f"Update: the {item} is now in the {place}.")
+    """Three things with a number each, two of which change later; the newest ones are asked."""
+    items = things(rng, library.split, 3)
+    named = [*items, *items[:2]]
+    rng.shuffle(named)
+    values = numbers(rng, 4, len(named))
+    newest = {item: i for i, item in enumerate(named)}
+    facts = tuple(
+        f"Update: from now on, the access code for the {item} is {value}."
+        for item, value in zip(named, values, strict=True)
+    )
     asks = tuple(
         Ask(
-            f"Where is the {item} now, according to the latest update?",
-            f"According to the latest update, the {item} is now in the",
-            newest[item][1],
-            newest[item][0],
+            f"What is the access code for the {item} according to the latest update?",
+            f"According to the latest update, the access code for the {item} is",
+            values[newest[item]],
+            newest[item],
         )
         for item in items
     )
-    return Draft(_INTRO, tuple(facts), asks, filler.prose(rng, library))
+    return Draft(_INTRO, facts, asks, filler.prose(rng, library))
 
 
 def _paraphrases(rng: random.Random, library: Library, *, count: int, turns: bool) -> Draft:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ...library import Library
 from ..readings import Ask, Draft
 from . import filler
-from .words import numbers, people, words
+from .words import numbers, things, words
 
 _CATEGORIES = ("animal", "city", "food", "garment", "instrument", "job", "tool", "vehicle")
 
@@ -43,32 +43,28 @@ def many_shot(rng: random.Random, library: Library) -> Draft:
 
 
 def table(rng: random.Random, library: Library) -> Draft:
-    """A table of ten people and a city, job or number of each, in one of three formats."""
-    count = 10
-    column = rng.choice(("city", "job", "number"))
-    if column == "number":
-        cells = numbers(rng, 4, count)
-    else:
-        cells = [rng.choice(words(column, library.split)) for _ in range(count)]
-    names = people(rng, library.split, count)
-    head, row = rng.choice(
+    """A table of five things and a number of each, in one of three formats; rows are asked."""
+    count = 5
+    column = rng.choice(("weight", "price", "stock"))
+    names, cells = things(rng, library.split, count), numbers(rng, 4, count)
+    head, row, end = rng.choice(
         (
-            (["| name | {column} |", "|---|---|"], "| {name} | {cell} |"),
-            (["name,{column}"], "{name},{cell}"),
-            (["The {column} of each person:"], "{name}: {cell}"),
+            (["| name | {column} |", "|---|---|"], "| {name} |", " |"),
+            (["name, {column}"], "{name},", ""),
+            (["The {column} of each item:"], "{name}:", ""),
         )
     )
     lines = [line.format(column=column) for line in head]
     first = len(lines)
-    lines += [row.format(name=n, cell=c) for n, c in zip(names, cells, strict=True)]
+    lines += [f"{row.format(name=n)} {c}{end}" for n, c in zip(names, cells, strict=True)]
     asks = tuple(
         Ask(
-            f"Which {column} does the table give for {names[i]}?",
-            f"The {column} of {names[i]} is",
+            f"Which {column} does the table give for the {names[i]}? Repeat its row.",
+            row.format(name=names[i]),
             cells[i],
             first + i,
         )
-        for i in rng.sample(range(count), 6)
+        for i in rng.sample(range(count), 4)
     )
     intro = "The following text contains a table. I will ask you about it afterwards."
     return Draft(intro, tuple(lines), asks, filler.prose(rng, library), together=True)

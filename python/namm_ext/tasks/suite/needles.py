@@ -3,9 +3,9 @@
 The wordings, the beginnings of the answers and what varies between the tasks are RULER's: one key
 with one value; several keys, of which one is asked; a key with several values; several keys asked
 at once; chains of variables. The haystack is prose, facts stand between sentences. Numbers have
-five digits. Where RULER counts how many items of a list are named, here each item is a question of
-its own, behind the items before it; and a chain is followed from its end, step by step, where RULER
-asks for all of its variables: a small model cannot do that even with the whole cache.
+five digits, variables are words. Where RULER counts how many items of a list are named, here each
+item is a question of its own, behind the items before it; and a chain is followed from its end,
+step by step, where RULER asks for all of its variables: small models fail at that with any cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import random
 from ...library import Library
 from ..readings import Ask, Draft
 from . import filler
-from .words import numbers, things
+from .words import numbers, things, words
 
 _INTRO = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
@@ -72,12 +72,7 @@ def multi_query(rng: random.Random, library: Library) -> Draft:
 
 def variable_tracking(rng: random.Random, library: Library) -> Draft:
     """Two chains of a value and three variables; each step from the last variable is asked."""
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    names: list[str] = []
-    while len(names) < 6:
-        name = "".join(rng.sample(letters, 5))
-        if name not in names:
-            names.append(name)
+    names = rng.sample(words("noun", library.split), 6)
     chains = [[value, *names[3 * i : 3 * i + 3]] for i, value in enumerate(numbers(rng, 5, 2))]
     # The lines of a chain keep their order, the chains mix.
     order = [0] * 3 + [1] * 3
