@@ -96,9 +96,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata: dict[str, Any] = json.loads(text)
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: must be a safetensors file, got {error}") from error
+        raise damaged(path, f"it must be a safetensors file, got {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: must be a cache saved by NAMMCache.save, got another file")
+        raise ValueError(
+            f"{path}: must be a cache saved by NAMMCache.save, got another file or a damaged one"
+        )
     version = metadata.get("format_version")
     if version not in ("1", FORMAT_VERSION):
         raise ValueError(

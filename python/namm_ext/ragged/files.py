@@ -134,6 +134,8 @@ def _check_sizes(tensors: dict[str, Tensor]) -> None:
 
 def _check_tokens(tensors: dict[str, Tensor], kv: RaggedKV) -> None:
     """The tensors against the store they are for."""
+    for seen, due in zip(kv.seen, kv.overdue_rows, strict=True):
+        _require(not due or (seen > 0 and seen % kv.n_up == 0), "overdue must be at a period's end")
     empty, total = kv.store.segments, sum(kv.lengths)
     for name in _PER_TOKEN:
         wanted, got = getattr(empty, name), tensors[name]
@@ -150,7 +152,6 @@ def _check_tokens(tensors: dict[str, Tensor], kv: RaggedKV) -> None:
             f"{list(got.shape)}",
         )
     for row, (seen, due) in enumerate(zip(kv.seen, kv.overdue_rows, strict=True)):
-        _require(not due or (seen > 0 and seen % kv.n_up == 0), "overdue must be at a period's end")
         since = kv.n_up if due else seen % kv.n_up
         mine = slice(row * kv.num_kv_heads, (row + 1) * kv.num_kv_heads)
         for pos in tensors["pos"].split(kv.lengths)[mine]:

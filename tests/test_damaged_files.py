@@ -1,0 +1,167 @@
+"""A saved cache that was damaged is refused with its name, or it is the same cache."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import torch
+from hf_models import FAMILIES, build, evicting_policy, gemma3_config, tokens
+from namm_ext import NAMMCache
+from namm_ext.baselines import StreamingLLM
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+class Saved:
+    """A file of a cache of one kind, and what the cache says next."""
+
+    def __init__(self, kind, path):
+        self.path, hybrid = path, kind == "hybrid"
+        self.model = build(gemma3_config() if hybrid else FAMILIES["llama"]())
+        self.policy = StreamingLLM(8, 16) if hybrid else evicting_policy(budget=10)
+        ids, self.mask = tokens(2, 46), torch.ones(2, 46, dtype=torch.long)
+        if kind == "padded":
+            self.mask[0, :9] = 0
+        cache = NAMMCache(self.model, self.policy)
+        with torch.no_grad():
+            self.model(ids[:, :45], attention_mask=self.mask[:, :45], cache=cache)
+        cache.save(path)
+        self.last = ids[:, 45:]
+        self.want = self.next(cache)
+
+    @torch.no_grad()
+    def next(self, cache):
+        return self.model(self.last, attention_mask=self.mask, cache=cache).logits
+
+    def load(self):
+        return NAMMCache.load(self.path, self.model, self.policy)
+
+    def is_refused_or_equal(self):
+        try:
+            cache = self.load()
+        except ValueError as error:
+            if str(self.path) not in str(error):
+                raise
+            return True
+        torch.testing.assert_close(self.next(cache), self.want, atol=0, rtol=0)
+        return False
+
+
+def flip_bit(data, draw):
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+
+
+def set_byte(data, draw):
+    data[draw.randrange(len(data))] = draw.randrange(256)
+
+
+def set_header_byte(data, draw):
+    data[draw.randrange(8 + int.from_bytes(data[:8], "little"))] = draw.randrange(256)
+
+
+def zero_block(data, draw):
+    start = draw.randrange(len(data))
+    data[start : start + 512] = bytes(len(data[start : start + 512]))
+
+
+def cut_off(data, draw):
+    del data[draw.randrange(len(data)) :]
+
+
+def swap_blocks(data, draw):
+    a, b = sorted(draw.randrange(len(data) // 64) * 64 for _ in range(2))
+    data[a : a + 64], data[b : b + 64] = data[b : b + 64], data[a : a + 64]
+
+
+DAMAGES = [flip_bit, set_byte, set_header_byte, zero_block, cut_off, swap_blocks]
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["plain", "padded", "hybrid"])
+def test_damaged_caches(kind, count, tmp_path):
+    saved = Saved(kind, tmp_path / "memory.safetensors")
+    good = saved.path.read_bytes()
+    assert not saved.is_refused_or_equal()
+    draw, refused = random.Random(0), 0
+    for i in range(count):
+        data = bytearray(good)
+        DAMAGES[i % len(DAMAGES)](data, draw)
+        if bytes(data) != good:
+            saved.path.write_bytes(data)
+            refused += saved.is_refused_or_equal()
+    assert refused > 0.9 * count
+
+
+# Without a checksum -------------------------------------------------------------------------------
+
+
+def _set(name, index, value):
+    def change(tensors):
+        tensors[name][index] = value
+
+    return change
+
+
+def _replace(name, function):
+    def change(tensors):
+        tensors[name] = function(tensors[name])
+
+    return change
+
+
+WRONG = {
+    "missing": (lambda t: t.pop("0.pos"), "pos is missing"),
+    "unknown": (lambda t: t.update(other=torch.zeros(1)), "unknown tensors"),
+    "no_layer": (lambda t: [t.pop(n) for n in list(t) if n.startswith("1.")], "the same columns"),
+    "order": (_replace("0.pos", lambda x: x.flip(0)), "pos must increase"),
+    "beyond": (_set("0.pos", -1, 99), "pos must increase and end with the newest"),
+    "negative": (_set("0.pos", 0, -3), "pos must increase"),
+    "nan": (_set("0.k", (0, 0), torch.nan), "k must be finite"),
+    "state": (_set("1.state", (3, 0), torch.inf), "state must be finite"),
+    "lse": (_set("1.lse_window", (0, 0, 3), torch.nan), "lse_window must be finite"),
+    "dtype": (_replace("0.v", torch.Tensor.half), "v must be torch.float32"),
+    "int": (_replace("0.k", torch.Tensor.int), "k must be a float tensor"),
+    "rank": (_replace("0.seen", lambda x: x[0].clone()), "seen must have 1 dimensions"),
+    "short": (_replace("0.v", lambda x: x[:-1].clone()), "v must be torch.float32"),
+    "window": (_replace("0.q_window", lambda x: x[:, :, 1:].clone()), "q_window must be"),
+    "heads": (_replace("0.q_window", lambda x: x[:, :3].clone()), "a multiple of the KV heads"),
+    "kept": (_set("0.kept", 0, 11), "must be torch.float32"),
+    "many_kept": (_replace("0.kept", lambda x: x[:3].clone()), "entries for every row"),
+    "no_rows": (_replace("0.seen", lambda x: x[:0].clone()), "seen must not be empty"),
+    "seen": (_set("0.seen", 0, 37), "must be torch.float32|must have seen"),
+    "other_seen": (_set("past_mask", (0, 9), False), "must have seen what the others have"),
+    "mask": (_replace("past_mask", lambda x: x[:, 1:].clone()), "past_mask must be"),
+    "scale": (_set("0.softmax_scale", (), torch.nan), "softmax_scale must be finite"),
+    "overdue": (_set("0.overdue", 0, True), "overdue must be at a period's end"),
+    "padded": (_set("1.padded", (), 46), "all layers must have seen the same columns"),
+    "param_index": (lambda t: t.update(param_index=torch.zeros(3, dtype=torch.int32)), "per row"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_no_cache_can_have_written(name, tmp_path):
+    """Files of version 1 have no checksum; their content is checked like any other."""
+    saved = Saved("padded", tmp_path / "memory.safetensors")
+    tensors = load_file(saved.path)
+    with safe_open(saved.path, framework="pt") as file:
+        text = file.metadata()["namm"].replace('"format_version": "2"', '"format_version": "1"')
+    metadata = {"namm": re.sub(r', "checksum": "\w+"', "", text)}
+    save_file(tensors, saved.path, metadata)
+    torch.testing.assert_close(saved.next(saved.load()), saved.want, atol=0, rtol=0)
+    change, message = WRONG[name]
+    change(tensors)
+    save_file(tensors, saved.path, metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        saved.load()
+    assert str(error.value).startswith(f"{saved.path}: the saved cache is damaged: ")
+    assert "save it again" in str(error.value)
+
+
+def test_a_load_that_fails_leaves_the_model_alone(tmp_path):
+    saved = Saved("plain", tmp_path / "memory.safetensors")
+    other = build(FAMILIES["llama"](), seed=1)
+    with pytest.raises(ValueError, match="filled with another model"):
+        NAMMCache.load(saved.path, other, saved.policy)
+    assert other.config._attn_implementation == "sdpa"
