@@ -78,7 +78,7 @@ def swap_blocks(data, draw):
 DAMAGES = [flip_bit, set_byte, set_header_byte, zero_block, cut_off, swap_blocks]
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["plain", "padded", "hybrid"])
 def test_damaged_caches(kind, count, tmp_path):
     saved = Saved(kind, tmp_path / "memory.safetensors")

@@ -26,6 +26,7 @@ from hf_models import (
 )
 from namm_ext import NAMM, Budget, NAMMCache, NAMMConfig, apply, remove
 from namm_ext.baselines import NeverEvict
+from namm_ext.cache.attention import namm_attention_forward
 
 LENGTH = 75  # not a multiple of anything
 
@@ -243,6 +244,25 @@ def test_autocast_and_inference_mode():
         got = model(ids, past_key_values=cache).logits
     assert cache.layers[0].kv.store.segments.k.dtype == torch.bfloat16
     assert (got - exact).norm() <= 2 * (stock - exact).norm()
+
+
+@torch.no_grad()
+def test_autocast_casts_what_sdpa_would():
+    """Queries and keys in float32 beside values in bfloat16, in any mixture."""
+    model = build(FAMILIES["llama"]())
+    attention, low = model.model.layers[0].self_attn, torch.bfloat16
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    for dtypes in ((low, low, torch.float32), (torch.float32, low, low), (low, torch.float32, low)):
+        cache = NAMMCache(model, NeverEvict(n_up=16))
+        mixed = [x.to(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True)]
+        with torch.autocast("cpu", low):
+            key, value = cache.update(*mixed[1:], 0)
+            out, _ = namm_attention_forward(attention, mixed[0], key, value, None)
+        want = torch.nn.functional.scaled_dot_product_attention(
+            *(x.to(low).double() for x in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+        assert out.dtype == cache.layers[0].kv.store.segments.v.dtype == low
+        torch.testing.assert_close(out.double(), want.transpose(1, 2), atol=0.02, rtol=0.02)
 
 
 # Composite models ---------------------------------------------------------------------------------

@@ -47,6 +47,21 @@ def test_saved_cache_continues(model, policy, pad, tmp_path):
 
 
 @torch.no_grad()
+def test_reordered_rows_are_saved_with_their_parameters(model, policy, tmp_path):
+    ids = tokens(2, 75)
+    bank = policy.with_params(torch.stack([policy.params, -policy.params]))
+    cache = NAMMCache(model, bank, param_index=[0, 1])
+    model(ids[:, :45], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    cache.save(tmp_path / "memory.safetensors")
+    loaded = NAMMCache.load(tmp_path / "memory.safetensors", model, bank)
+    assert loaded.session.param_index.tolist() == [1, 1]
+    want, got = (model(ids[[1, 1], 45:], past_key_values=c).logits for c in (cache, loaded))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    assert [positions(x, 0) for x in loaded.layers] == [positions(x, 0) for x in cache.layers]
+
+
+@torch.no_grad()
 def test_the_file_holds_only_what_is_kept(model, tmp_path):
     cache = NAMMCache(model, StreamingLLM(8, 16))
     model(tokens(1, 640), past_key_values=cache)

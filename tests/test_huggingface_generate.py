@@ -261,6 +261,18 @@ def test_reset_starts_again(model, policy):
     remove(model)
 
 
+@torch.no_grad()
+def test_reset_forgets_padding(model, policy):
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :9] = 0
+    cache = NAMMCache(model, policy)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    got = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids, past_key_values=NAMMCache(model, policy)).logits)
+    remove(model)
+
+
 ROWS = {
     "reorder": (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
     "select": (lambda c: c.batch_select_indices(torch.tensor([False, True, True])), [1, 2]),

@@ -290,6 +290,35 @@ def test_tensors_on_another_device():
     assert str(error.value).endswith(message)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_one_tensor_on_the_meta_device(op):
+    """PyTorch asks the kernel without data then, which would do nothing and say nothing."""
+    args = sample(op)
+    for name in [n for n, value in args.items() if isinstance(value, torch.Tensor)]:
+        call = positional(op, {**args, name: args[name].to("meta")})
+        with pytest.raises(RuntimeError, match=rf"{op}: all tensors must be on one device, got .*"
+                           rf"{name} on meta|{op}: .* on meta"):  # fmt: skip
+            getattr(torch.ops.namm_ext, op)(*call)
+    getattr(torch.ops.namm_ext, op)(*(
+        a.to("meta") if isinstance(a, torch.Tensor) else a for a in positional(op, args)
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_negative_views_are_refused(op):
+    args = sample(op)
+    floats = [
+        n for n, x in args.items() if isinstance(x, torch.Tensor) and x.dtype == torch.float32
+    ]
+    for name in floats:
+        view = torch.complex(torch.zeros_like(args[name]), -args[name]).conj().imag
+        assert view.is_neg()
+        with pytest.raises(RuntimeError, match=re.escape(
+            f"{op}: {name} must not be a negative view; call {name}.resolve_neg()"
+        )):  # fmt: skip
+            getattr(torch.ops.namm_ext, op)(*positional(op, {**args, name: view}))
+
+
 def test_force_isa():
     best = torch.ops.namm_ext.cpu_isa()
     assert best == testing.isas()[-1]

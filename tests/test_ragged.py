@@ -104,6 +104,9 @@ def test_planner_answers_all_layers_alike():
     assert after.pos_first.tolist() == [4, 10]
     assert apart.pos_first.tolist() == [3, 9]
     assert planner((4, 11), 1, None, CPU)[0].pos_first.tolist() == [4, 11]
+    # A batch of another size that moves by one as well.
+    assert planner((5,), 1, None, CPU)[0].pos_first.tolist() == [5]
+    assert planner((6, 12, 3), 1, None, CPU)[0].pos_first.tolist() == [6, 12, 3]
 
 
 # Sizes and memory ---------------------------------------------------------------------------------
@@ -220,6 +223,27 @@ def test_no_window_for_policies_that_need_none():
     run(kv, *inputs(40))
     assert kv.q_window.numel() == kv.lse_window.numel() == 0
     assert kv.store.segments.state.shape[1] == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_padding_in_front_of_all_rows_at_different_phases(name):
+    """The same columns for every row, which stand at different places of their periods."""
+    q, k, v = inputs(40)
+    kv, planner = make(POLICIES[name]()), Planner(N_UP)
+    spans = tuple((pad, 30 - pad) for pad in (0, 5, 9))
+    kv.forward(q[:, :, :30], k[:, :, :30], v[:, :, :30], planner(kv.seen, 30, spans, CPU))
+    pieces = planner(kv.seen, 10, ((8, 2),) * 3, CPU)
+    assert pieces[0].columns == slice(8, 10)
+    assert pieces[0].scatter is not None
+    out = kv.forward(q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], pieces)
+    for row, pad in enumerate((0, 5, 9)):
+        alone = make(POLICIES[name](), batch_size=1)
+        columns = [*range(pad, 30), 38, 39]
+        want = run(alone, *(x[row : row + 1, :, columns] for x in (q, k, v)))
+        torch.testing.assert_close(out[row, 8:], want[0, -2:])
+        rows = slice(0, CARRY + kv.seen[row] % N_UP)
+        assert torch.equal(kv.q_window[row, :, rows], alone.q_window[0, :, rows])
+        torch.testing.assert_close(kv.lse_window[row, :, rows], alone.lse_window[0, :, rows])
 
 
 def test_window_holds_the_last_queries():
@@ -353,6 +377,48 @@ def test_the_recorded_past_is_bounded():
         kv.crop([300] * B)
     kv.crop([128] * B)
     assert kv.seen == (272,) * B
+
+
+def test_the_recorded_past_is_what_128_tokens_need():
+    kv = make(policy())
+    kv.recording = True
+    run(kv, *inputs(400))
+    one = kv.recorded_bytes // 8
+    assert kv.recorded_bytes == 8 * one  # updates behind 272, 288, ..., 384 tokens are gone
+    assert one > 0
+    assert kv.recorded_bytes + sum(kv.held) == kv.ledger.kv + kv.ledger.memory
+    with pytest.raises(RuntimeError, match="cannot undo the memory update"):
+        kv.crop([129] * B)
+    kv.crop([128] * B)
+    assert kv.recorded_bytes == 0
+
+
+def test_rows_can_go_back_128_tokens_each():
+    """Rows that update apart make more versions of the store; none is dropped too early."""
+    q, k, v = inputs(300)
+    pads, planner = (0, 5, 9), Planner(N_UP)
+    kv, fresh = make(policy()), make(policy())
+    kv.recording = True
+    for target, length in ((kv, 300), (fresh, 172)):
+        spans = tuple((pad, length - pad) for pad in pads)
+        part = [x[:, :, :length] for x in (q, k, v)]
+        target.forward(*part, planner(target.seen, length, spans, CPU))
+    kv.crop([128] * B)
+    same(kv, fresh)
+
+
+def test_a_crop_keeps_the_pending_updates_of_other_rows():
+    q, k, v = inputs(32)
+    kv, fresh = make(Failing(policy(), 2, "update")), make(policy())
+    with pytest.raises(MemoryError):
+        run(kv, q, k, v)
+    kv.crop([3, 0, 0])
+    assert kv.overdue_rows == (False, True, True)
+    assert kv.overdue.pos_q.tolist() == [29 - CARRY - 13, 0, 0]
+    pieces = Planner(N_UP)(kv.seen, 3, ((0, 3), (0, 0), (0, 0)), CPU)
+    kv.forward(*(x[:, :, 29:] for x in (q, k, v)), pieces)
+    run(fresh, q, k, v)
+    same(kv, fresh)
 
 
 def test_crop_refuses_what_it_cannot_do():

@@ -20,6 +20,7 @@ error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -571,51 +572,72 @@ def compact(
 # What torch.compile needs to know: shapes and dtypes of the results --------------------------
 
 
-@torch.library.register_fake("namm_ext::append_")
+def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Register what an op returns for tensors without data.
+
+    It is asked for real tensors too as soon as one of them is on the "meta" device: it would do
+    nothing then, and say nothing.
+    """
+
+    def register(function: Callable[..., Any]) -> None:
+        def checked(*args: Any) -> Any:
+            devices = {str(a.device): i for i, a in enumerate(args) if isinstance(a, Tensor)}
+            if len(devices) > 1:
+                names = [a.name for a in getattr(_ops, name).default._schema.arguments]
+                where = ", ".join(f"{names[i]} on {device}" for device, i in devices.items())
+                raise RuntimeError(f"{name}: all tensors must be on one device, got {where}")
+            return function(*args)
+
+        torch.library.register_fake(f"namm_ext::{name}")(checked)
+
+    return register
+
+
+@_fake("append_")
 def _(*args: Any) -> None:
     return None
 
 
-@torch.library.register_fake("namm_ext::attend_")
+@_fake("attend_")
 def _(*args: Any) -> None:
     return None
 
 
-@torch.library.register_fake("namm_ext::spectrogram")
+@_fake("spectrogram")
 def _(
     q_window: Tensor, lse_window: Tensor, k: Tensor, pos: Tensor, state: Tensor, *_: Any
 ) -> Tensor:
     return state.new_empty(state.shape)
 
 
-@torch.library.register_fake("namm_ext::attention_received")
+@_fake("attention_received")
 def _(q_window: Tensor, lse_window: Tensor, k: Tensor, *_: Any) -> Tensor:
     return lse_window.new_empty(k.shape[0])
 
 
-@torch.library.register_fake("namm_ext::bam_scores")
+@_fake("bam_scores")
 def _(state: Tensor, *_: Any) -> Tensor:
     return state.new_empty(state.shape[0])
 
 
-@torch.library.register_fake("namm_ext::mlp_scores")
+@_fake("mlp_scores")
 def _(state: Tensor, *_: Any) -> Tensor:
     return state.new_empty(state.shape[0])
 
 
-@torch.library.register_fake("namm_ext::gate_")
+@_fake("gate_")
 def _(*args: Any) -> None:
     return None
 
 
-@torch.library.register_fake("namm_ext::select")
+@_fake("select")
 def _(
     scores: Tensor, pos: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape, dtype=torch.uint8), seqused_k.new_empty(seqused_k.shape)
 
 
-@torch.library.register_fake("namm_ext::compact")
+@_fake("compact")
 def _(
     k: Tensor, v: Tensor, pos: Tensor, state: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -630,7 +652,7 @@ def _(
 
 # Gradients: an op without a formula would silently return results that carry none -------------
 
-_autograd = torch.library.Library("namm_ext", "IMPL")
+_library = torch.library.Library("namm_ext", "IMPL")
 
 
 def _refuse_gradients(name: str) -> None:
@@ -650,8 +672,23 @@ def _refuse_gradients(name: str) -> None:
             )
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    _autograd.impl(name, kernel, "Autograd", with_keyset=True)
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+# Negative views hold numbers with the other sign: a kernel would write half of a result --------
+
+
+def _refuse_negative_views(name: str) -> None:
+    def kernel(*args: Any) -> Any:
+        names = [a.name for a in getattr(_ops, name).default._schema.arguments]
+        view = next(
+            n for n, a in zip(names, args, strict=False) if isinstance(a, Tensor) and a.is_neg()
+        )
+        raise RuntimeError(f"{name}: {view} must not be a negative view; call {view}.resolve_neg()")
+
+    _library.impl(name, kernel, "Negative")
 
 
 for _name in libraries.ops:
     _refuse_gradients(_name)
+    _refuse_negative_views(_name)
