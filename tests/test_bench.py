@@ -105,6 +105,13 @@ def test_every_op_has_a_case(bench) -> None:
         cases.make("fft", 64, "bundled", "fp32")
 
 
+def test_gate_benchmark() -> None:
+    lines = run("bench_gate.py", "--keys", "64").splitlines()
+    assert [line.split()[1] for line in lines[2:]] == [
+        "gate-smollm2-N64-fp32", "gate-smollm2-N64-bf16",
+    ]  # fmt: skip
+
+
 def test_cuda_benchmark(bench, tmp_path: Path) -> None:
     run("bench_cuda.py", "--smoke", "--out", str(tmp_path / "c.json"))
     report = json.loads((tmp_path / "c.json").read_text())

@@ -119,6 +119,14 @@ def score_call(name: str, spread: float = 0.2) -> Call:
     return Call(name, args, options, store.live)
 
 
+def gate_call(head_dim: int, dtype: torch.dtype, num_new: int = 33) -> Call:
+    store = testing.same_newest(store_of(head_dim, dtype), num_new)
+    args = (
+        store, torch.tensor([True, True]), testing.bank(2, 4 * head_dim + 4), torch.ones(2),
+    )  # fmt: skip
+    return Call("gate_", args, {"num_new": num_new, "rotary_dim": head_dim}, store.live)
+
+
 RULES: dict[str, dict[str, Any]] = {
     "ragged": {},
     "budget": {"cache_size": 100},
@@ -268,6 +276,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "bam_scores": lambda: score_call("bam_scores"),
     "bam_scores_large": lambda: score_call("bam_scores", 3.0),
     "mlp_scores": lambda: score_call("mlp_scores"),
+    "gate": lambda: gate_call(128, BF16),
     "select": lambda: select_call("layer", ties=True),
     "compact": lambda: compact_call(128, BF16),
 }

@@ -27,11 +27,10 @@ const GateRows kVersions[] = {
 
 void gate(const GateParams& p, Parallel parallel) {
   const GateRows rows = version_in_force(kVersions);
-  const int64_t num_inputs = p.num_inputs();
-  const int64_t stride = (num_inputs + kGateMaxLanes - 1) / kGateMaxLanes * kGateMaxLanes;
+  const int64_t stride = (p.num_inputs + kGateMaxLanes - 1) / kGateMaxLanes * kGateMaxLanes;
   const int64_t tasks_per_row = (int64_t{p.num_new} + kGateTokens - 1) / kGateTokens;
   // One thread per 2^17 multiply-adds or so: below that, waking one costs more.
-  const int64_t grain = 1 + (int64_t{1} << 17) / (kGateTokens * p.seg.num_kv_heads * num_inputs);
+  const int64_t grain = 1 + (int64_t{1} << 17) / (kGateTokens * p.seg.num_kv_heads * p.num_inputs);
   parallel(p.seg.batch_size * tasks_per_row, grain, [&](int64_t begin, int64_t end) {
     const int64_t bytes = kGateTokens * stride * static_cast<int64_t>(sizeof(float));
     float* x = reinterpret_cast<float*>(scratch.reserve(bytes));

@@ -21,7 +21,8 @@ GateParams check_gate(const Tensor& state, const Tensor& k, const Tensor& v, con
   p.head_dim = check.size(head_dim, "head_dim");
   p.head_dim_v = check.size(head_dim_v, "head_dim_v");
   p.num_state = check.size(state.size(1), "number of state columns");
-  check.dense(weight, "weight", ScalarType::Float, {p.seg.num_kv_heads, p.num_inputs()});
+  p.num_inputs = p.seg.num_kv_heads * (head_dim + head_dim_v + 2);
+  check.dense(weight, "weight", ScalarType::Float, {p.seg.num_kv_heads, p.num_inputs});
   check.dense(bias, "bias", ScalarType::Float, {p.seg.num_kv_heads});
   STD_TORCH_CHECK(num_new >= 0 && num_new <= INT32_MAX, "gate_: num_new must be in [0, ", INT32_MAX,
                   "], got ", num_new);

@@ -42,6 +42,8 @@ size_t bam_scores_workspace(const ScoreParams& params, int64_t capacity);
 Status launch_bam_scores(const ScoreParams& params, const Launch& launch);
 Status launch_mlp_scores(const ScoreParams& params, const Launch& launch);
 
+Status launch_gate(const GateParams& params, const Launch& launch);
+
 size_t select_workspace(const SelectParams& params, int64_t capacity);
 Status launch_select(const SelectParams& params, const Launch& launch);
 

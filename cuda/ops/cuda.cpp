@@ -124,6 +124,15 @@ Tensor mlp_scores(Tensor state, Tensor pos, Tensor cu_seqlens_k, Tensor seqused_
   return scores;
 }
 
+void gate(Tensor state, Tensor k, Tensor v, Tensor pos, Tensor cu_seqlens_k, Tensor seqused_k,
+          Tensor active, Tensor weight, Tensor bias, int64_t num_new, int64_t rotary_dim,
+          bool interleaved, double eps) {
+  const GateParams params = check_gate(state, k, v, pos, cu_seqlens_k, seqused_k, active, weight,
+                                       bias, num_new, rotary_dim, interleaved, eps);
+  Device device("gate_", k);
+  device.check(gpu::launch_gate(params, device.launch(k, k.size(0))));
+}
+
 std::tuple<Tensor, Tensor> select(Tensor scores, Tensor pos, Tensor cu_seqlens_k, Tensor seqused_k,
                                   Tensor active, double threshold, int64_t cache_size,
                                   std::string budget, bool fill, bool protect_newest,
@@ -170,6 +179,7 @@ STABLE_TORCH_LIBRARY_IMPL(namm_ext, CUDA, m) {
   m.impl("attention_received", TORCH_BOX(&attention_received));
   m.impl("bam_scores", TORCH_BOX(&bam_scores));
   m.impl("mlp_scores", TORCH_BOX(&mlp_scores));
+  m.impl("gate_", TORCH_BOX(&gate));
   m.impl("select", TORCH_BOX(&select));
   m.impl("compact", TORCH_BOX(&compact));
 }

@@ -1,4 +1,4 @@
-// append, mlp_scores, select and compact on tensors without one spare byte: under
+// append, mlp_scores, gate, select and compact on tensors without one spare byte: under
 // AddressSanitizer, a row read or written too far is an error. Values are tested from Python.
 #include <cstdio>
 #include <vector>
@@ -68,6 +68,30 @@ void run(int32_t length) {
     expect(length == 0 || scores[length - 1] == 2.0f, "mlp_scores", length);
   }
 
+  const std::vector<float> weight(2 * kDim + 2), bias = {4.0f};
+  GateParams g{};
+  g.seg = seg;
+  g.k = k.data();
+  g.v = v.data();
+  g.active = active.data();
+  g.weight = weight.data();
+  g.bias = bias.data();
+  g.state = state.data();
+  g.num_inputs = static_cast<int64_t>(weight.size());
+  g.num_new = length;
+  g.head_dim = g.head_dim_v = kDim;
+  g.num_state = kNumBins;
+  g.rotary_dim = 2;
+  g.eps = 1e-6f;
+  for (int isa = 0; isa < kNumIsas; ++isa) {
+    if (!set_isa(static_cast<Isa>(isa))) continue;
+    for (const bool interleaved : {false, true}) {
+      g.interleaved = interleaved;
+      cpu::gate(g, kSerial);
+      expect(length == 0 || state[length * kNumBins - 1] == 4.0f, "gate", length);
+    }
+  }
+
   std::vector<uint8_t> keep(length);
   std::vector<int32_t> num_kept(1);
   SelectParams e{};
@@ -112,6 +136,6 @@ void run(int32_t length) {
 int main() {
   for (int32_t length = 0; length < 70; ++length) namm_ext::run(length);
   namm_ext::run(2500);
-  if (namm_ext::failures == 0) std::printf("append, mlp_scores, select, compact: ok\n");
+  if (namm_ext::failures == 0) std::printf("append, mlp_scores, gate, select, compact: ok\n");
   return namm_ext::failures != 0;
 }

@@ -51,6 +51,9 @@ const Op kOps[] = {
     {"bam_scores", sizeof(ScoreParams), size_of_workspace<ScoreParams, bam_scores_workspace>,
      call<ScoreParams, launch_bam_scores>},
 #endif
+#ifdef NAMM_HAS_GATE
+    {"gate", sizeof(GateParams), no_workspace, call<GateParams, launch_gate>},
+#endif
 #ifdef NAMM_HAS_MLP
     {"mlp_scores", sizeof(ScoreParams), no_workspace, call<ScoreParams, launch_mlp_scores>},
 #endif

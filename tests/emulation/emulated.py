@@ -100,6 +100,16 @@ ScoreParams = _struct(
     ("hidden depth", I32),
     ("bias residual_first", BOOL),
 )
+GateParams = _struct(
+    "GateParams",
+    ("seg", Segments),
+    ("k v pos active weight bias state", P),
+    ("num_inputs", I64),
+    ("num_new head_dim head_dim_v num_state rotary_dim", I32),
+    ("interleaved", BOOL),
+    ("eps", F32),
+    ("dtype", I32),
+)
 SelectParams = _struct(
     "SelectParams",
     ("seg", Segments),
@@ -123,6 +133,7 @@ STRUCTS = {
     "attention_received": ReceivedParams,
     "bam_scores": ScoreParams,
     "mlp_scores": ScoreParams,
+    "gate": GateParams,
     "select": SelectParams,
     "compact": CompactParams,
 }

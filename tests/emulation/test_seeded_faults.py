@@ -19,6 +19,7 @@ import pytest
 import test_emulated_append as append
 import test_emulated_attend as attend
 import test_emulated_compact as compact
+import test_emulated_gate as gate
 import test_emulated_scores as scores
 import test_emulated_select as select
 import test_emulated_window as window
@@ -85,6 +86,12 @@ COMPACT = [
     compact.test_no_write_leaves_its_slot,
     compact.test_long_tiles,
     partial(compact.test_rows_of_every_size, 5, 3, attend.BF16, 0),
+]
+GATE = [
+    *(partial(gate.test_gate, shape, RANDOM) for shape in gate.SHAPES),
+    gate.test_more_heads_than_one_warp_takes,
+    gate.test_inactive_rows_stay,
+    gate.test_writes_stay_inside_their_slot,
 ]
 APPEND = [
     partial(append.test_append, case, 16, 8, attend.BF16, 8, 0, order)
@@ -281,6 +288,24 @@ FAULTS = [
         ("nan-not-counted", "static_cast<int64_t>(score != score) << 32", "0"),
         ("inactive-decided", "if (p.active[b] == 0) return;", ""),
         ("budget-of-one-head", "int64_t{p.cache_size} * (last - first)", "int64_t{p.cache_size}"),
+    ),
+    *_faults(
+        "gate", "gate.cu", GATE,
+        ("pairs-crossed", "p.interleaved ? 2 * i + 1 : i + half", "i + half"),
+        ("other-neighbour", "p.interleaved ? 2 * i : i", "i"),
+        ("log-without-eps", "logf(length + p.eps)", "logf(length)"),
+        ("norm-of-pairs-only", "      key_square += x * x;\n", ""),
+        ("norms-swapped", "sums.add(norms + h, logf(sqrtf(value_square)",
+         "sums.add(norms + h, logf(sqrtf(key_square)"),
+        ("norm-of-one-lane", "value_square = sum_lanes(value_square);", ";"),
+        ("heads-share-weights", "weight[h * stride + i]", "weight[i]"),
+        ("later-heads-forgotten", "p.weight + first_head * p.num_inputs", "p.weight"),
+        ("bias-of-first-head", "+ p.bias[head]", "+ p.bias[0]"),
+        ("first-column-written", "p.state[(row + 1) * p.num_state - 1]", "p.state[row * p.num_state]"),
+        ("oldest-tokens", "return p.seg.seqused_k[segment + h] - p.num_new + token;", "return token;"),
+        ("inactive-written", " || !p.active[b]) return;", ") return;"),
+        ("slot-left", "if (__any_sync(kFullMask, missing)) return;", ""),
+        ("tokens-behind-written", "if (token >= p.num_new || ", "if (token > p.num_new || "),
     ),
     *_faults(
         "compact", "compact.cu", COMPACT,

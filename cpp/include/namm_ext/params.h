@@ -154,17 +154,14 @@ struct GateParams {
   const void *k, *v;      // [C, D], [C, Dv] dtype
   const int32_t* pos;     // [C]
   const uint8_t* active;  // [B]; the other batch rows stay as they are
-  const float* weight;    // [H, H * (D + Dv + 2)]
+  const float* weight;    // [H, num_inputs]
   const float* bias;      // [H]
   float* state;           // [C, F], of which the last column is written
+  int64_t num_inputs;     // H * (D + Dv + 2)
   int32_t num_new, head_dim, head_dim_v, num_state, rotary_dim;
   bool interleaved;  // pairs are (2 i, 2 i + 1), else (i, i + R / 2)
   float eps;         // added below the logarithms
   DType dtype;
-
-  int64_t num_inputs() const {
-    return int64_t{seg.num_kv_heads} * (int64_t{head_dim} + head_dim_v + 2);
-  }
 };
 
 enum class Budget : int32_t { kPerHead = 0, kPerLayer = 1 };
