@@ -34,7 +34,8 @@ class NAMMConfig:
     Attributes:
         n_up: real tokens between two updates; a positive multiple of 16.
         ema_coeff: decay of the spectral features per token, in (0, 1).
-        scorer: "bam" (attention over newer tokens) or "mlp".
+        scorer: "bam" (attention over newer tokens), "mlp", or "none": the gate alone, which needs
+            no queries and no spectral features.
         mlp_hidden: width of the hidden layers of the MLP, at most 65,536.
         mlp_depth: layers of the MLP, at most 65,536; 1 is a linear map.
         mlp_bias: whether the layers of the MLP have biases.
@@ -69,7 +70,7 @@ class NAMMConfig:
         if not is_number(self.ema_coeff) or not 0.0 < self.ema_coeff < 1.0:
             _fail("ema_coeff", "a number in (0, 1)", self.ema_coeff)
         for name, choices in (
-            ("scorer", ("bam", "mlp")),
+            ("scorer", ("bam", "mlp", "none")),
             ("feature_transform", ("none", "log")),
         ):
             value = getattr(self, name)
@@ -104,6 +105,8 @@ class NAMMConfig:
             >>> NAMMConfig(scorer="mlp", mlp_depth=2, mlp_bias=True).num_params
             676
         """
+        if self.scorer == "none":
+            return 0
         if self.scorer == "bam":
             return _NUM_BAM_PARAMS
         widths = [_NUM_FEATURES, *([self.mlp_hidden] * (self.mlp_depth - 1)), 1]

@@ -3,6 +3,7 @@
 from .base import Policy, UpdateContext, check_num_kept
 from .calibration import Calibration
 from .files import bundled_policies
+from .gate import Gate
 from .namm import NAMM
 from .original import OriginalCheckpoint, read_original_checkpoint
 from .statistics import StatisticsCalibrator, StatisticsCollector, calibrate_threshold
@@ -10,6 +11,7 @@ from .statistics import StatisticsCalibrator, StatisticsCollector, calibrate_thr
 __all__ = [
     "NAMM",
     "Calibration",
+    "Gate",
     "OriginalCheckpoint",
     "Policy",
     "StatisticsCalibrator",

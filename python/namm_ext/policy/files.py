@@ -15,6 +15,7 @@ from ..budget import Budget
 from ..config import NAMMConfig
 from . import version1
 from .calibration import Calibration
+from .gate import Gate
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "namm.safetensors"
@@ -56,7 +57,7 @@ def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
         ValueError: if a file is damaged or not a NAMM; names the file and the field.
     """
     folder = _find_policy(name, revision)
-    config, budget = _read_settings(folder / CONFIG_FILE)
+    config, budget, gate = _read_settings(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"NAMM: {path} is missing")
@@ -67,11 +68,11 @@ def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
         tensors = safetensors_torch.load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"{path}: must be a safetensors file, got {error}") from error
-    calibration = {
-        key.removeprefix("calibration."): tensors.pop(key)
-        for key in sorted(tensors)
-        if key.startswith("calibration.")
-    }
+    parts: dict[str, dict[str, Tensor]] = {"calibration": {}, "gate": {}}
+    for key in sorted(tensors):
+        part, _, name = key.partition(".")
+        if name and part in parts:
+            parts[part][name] = tensors.pop(key)
     expected = {"params", "mean", "var", "count"}
     if set(tensors) != expected:
         raise ValueError(
@@ -81,11 +82,13 @@ def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
     if tensors["count"].numel() != 1:
         raise ValueError(f"{path}: count must be one number, got {list(tensors['count'].shape)}")
     arguments = {**tensors, "count": int(tensors["count"]), "config": config, "budget": budget}
-    if calibration:
-        try:
-            arguments["calibration"] = Calibration.from_tensors(calibration)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    try:
+        if parts["calibration"]:
+            arguments["calibration"] = Calibration.from_tensors(parts["calibration"])
+        if parts["gate"] or gate is not None:
+            arguments["gate"] = Gate.from_parts(gate or {}, parts["gate"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     return StoredPolicy(arguments, str(path))
 
 
@@ -124,7 +127,7 @@ def _find_policy(name: str, revision: str | None) -> Path:
     )
 
 
-def _read_settings(path: Path) -> tuple[NAMMConfig, Budget]:
+def _read_settings(path: Path) -> tuple[NAMMConfig, Budget, dict[str, Any] | None]:
     if not path.is_file():
         raise FileNotFoundError(f"NAMM: {path} is missing")
     try:
@@ -138,8 +141,9 @@ def _read_settings(path: Path) -> tuple[NAMMConfig, Budget]:
         raise ValueError(f"{path}: format_version must be 1 or {FORMAT_VERSION}, got {version!r}")
     try:
         if version == 1:
-            return version1.split_config(config)
-        return NAMMConfig.from_dict(config), Budget.from_dict(content.get("budget", {}))
+            return (*version1.split_config(config), None)
+        budget = Budget.from_dict(content.get("budget", {}))
+        return NAMMConfig.from_dict(config), budget, content.get("gate")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from ..config import NAMMConfig
 from . import files, version1
 from .base import Policy, UpdateContext, as_budget, checked, hash_of
 from .calibration import Calibration
+from .gate import Gate
 from .original import read_original_checkpoint
 from .statistics import StatisticsCalibrator, StatisticsCollector, spectrogram
 
 
 class NAMM(Policy):
     """Neural attention memory: a small evolved network that scores each cached token.
+
+    A score is a sum of up to three parts. The *scorer* looks at the attention a token receives and
+    carries over from model to model. The *gate* looks at the token's own keys and values and was
+    fitted to one model. The *calibration* makes the heads of one model comparable.
 
     Args:
         config: how it scores.
@@ -32,6 +38,7 @@ class NAMM(Policy):
         budget: how much stays, or a size alone; by default the paper's rule, all tokens with
             ``score >= 0``.
         calibration: what makes the scores of a model's layers and heads comparable.
+        gate: what a token's own keys and values add to its score, for one model.
         source: what error messages name.
 
     Raises:
@@ -43,8 +50,6 @@ class NAMM(Policy):
         torch.Size([25, 96])
     """
 
-    num_state = reference.NUM_BINS
-
     def __init__(
         self,
         config: NAMMConfig,
@@ -55,6 +60,7 @@ class NAMM(Policy):
         *,
         budget: Budget | int | float | None = None,
         calibration: Calibration | None = None,
+        gate: Gate | None = None,
         source: str = "NAMM",
     ) -> None:
         n = config.num_params
@@ -72,15 +78,23 @@ class NAMM(Policy):
         self.var = checked("var", torch.ones(bins) if var is None else var, bins, source)
         if bool((self.var < 0).any()):
             raise ValueError(f"{source}: var must not be negative, got {float(self.var.min())}")
-        if self.params.numel() == 0:
+        if self.num_candidates == 0:
             raise ValueError(f"{source}: params must hold at least one vector, got none")
+        if config.scorer == "none" and gate is None:
+            raise ValueError(f"{source}: gate must be given with scorer 'none', got None")
         self.count = int(count)
         self.budget = Budget(threshold=0.0) if budget is None else as_budget(budget)
         self.calibration = calibration
+        self.gate = gate
+        self.needs_window = config.scorer != "none"
+        self.num_state = reference.NUM_BINS * self.needs_window + (gate is not None)
 
     def __repr__(self) -> str:
         kind = f"{self.num_candidates} candidates" if self.params.dim() == 2 else "one vector"
-        return f"NAMM({self.config}, {self.budget}, params: {kind} of {self.config.num_params})"
+        gate = "" if self.gate is None else ", with a gate"
+        return (
+            f"NAMM({self.config}, {self.budget}, params: {kind} of {self.config.num_params}{gate})"
+        )
 
     @property
     def num_candidates(self) -> int:
@@ -90,18 +104,37 @@ class NAMM(Policy):
     # Deciding ----------------------------------------------------------------------------------
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        """Fold the period into the spectral state and score every live token.
+        """Score every live token; fold the period into the spectral state first.
 
         Row b of the batch is scored by vector ``ctx.param_index[b]``.
 
         Returns:
-            ``scores [C]`` and the new ``state [C, 17]``.
+            ``scores [C]`` and the new ``state [C, F]``: 17 spectral features if there is a scorer,
+            then the gate's score if there is a gate.
+
+        Raises:
+            ValueError: if the gate was fitted to a model of another shape.
         """
-        state = spectrogram(ctx, self.config)
-        device = state.device
+        if self.gate is None:
+            spectrum = spectrogram(ctx, self.config)
+            return self._attention_scores(ctx, spectrum), spectrum
+        self.gate.write(ctx, self.n_up)
+        state = ctx.segments.state
+        gate = state[:, -1]
+        if self.config.scorer == "none":
+            return gate.contiguous(), state
+        bins = state[:, : reference.NUM_BINS].contiguous()
+        spectrum = spectrogram(
+            dataclasses.replace(ctx, segments=ctx.segments._replace(state=bins)), self.config
+        )
+        scores = self._attention_scores(ctx, spectrum) + gate
+        return scores, torch.cat([spectrum, gate[:, None]], dim=1)
+
+    def _attention_scores(self, ctx: UpdateContext, spectrum: Tensor) -> Tensor:
+        device = spectrum.device
         bank = self.params if self.params.dim() == 2 else self.params[None]
         values = (
-            ctx.segments._replace(state=state),
+            ctx.segments._replace(state=spectrum),
             bank.to(device),
             ctx.param_index,
             self.mean.to(device),
@@ -110,20 +143,18 @@ class NAMM(Policy):
         )
         log_transform = self.config.feature_transform == "log"
         if self.config.scorer == "bam":
-            scores = ops.bam_scores(
+            return ops.bam_scores(
                 *values, log_transform=log_transform, log_eps=self.config.log_eps
             )
-        else:
-            scores = ops.mlp_scores(
-                *values,
-                log_transform=log_transform,
-                log_eps=self.config.log_eps,
-                hidden=self.config.mlp_hidden,
-                depth=self.config.mlp_depth,
-                bias=self.config.mlp_bias,
-                residual_first=self.config.mlp_residual_first,
-            )
-        return scores, state
+        return ops.mlp_scores(
+            *values,
+            log_transform=log_transform,
+            log_eps=self.config.log_eps,
+            hidden=self.config.mlp_hidden,
+            depth=self.config.mlp_depth,
+            bias=self.config.mlp_bias,
+            residual_first=self.config.mlp_residual_first,
+        )
 
     # Deriving one NAMM from another -------------------------------------------------------------
 
@@ -136,6 +167,7 @@ class NAMM(Policy):
         moved.params, moved.mean, moved.var = (
             t.to(device) for t in (self.params, self.mean, self.var)
         )
+        moved.gate = None if self.gate is None else self.gate.to(device)
         return moved
 
     def with_params(self, params: Tensor) -> NAMM:
@@ -154,12 +186,16 @@ class NAMM(Policy):
         """
         return self._with(config=self.config.replace(**changes))
 
+    def with_gate(self, gate: Gate | None) -> NAMM:
+        """The same with a gate, or without."""
+        return self._with(gate=gate)
+
     def with_statistics(self, statistics: StatisticsCollector | StatisticsCalibrator) -> NAMM:
         """The same with collected statistics."""
         return self._with(mean=statistics.mean, var=statistics.var, count=statistics.count)
 
     def _with(self, **changes: Any) -> NAMM:
-        names = ("config", "params", "mean", "var", "count", "budget", "calibration")
+        names = ("config", "params", "mean", "var", "count", "budget", "calibration", "gate")
         return NAMM(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def named_parameters(self) -> dict[str, Tensor]:
@@ -197,17 +233,19 @@ class NAMM(Policy):
         return cls(config, torch.cat(parts), mean, var)
 
     def to_dict(self) -> dict[str, Any]:
-        """Config and budget."""
-        return {"config": self.config.to_dict(), "budget": self.budget.to_dict()}
+        """Config, budget, and what is no tensor of the gate."""
+        settings = {"config": self.config.to_dict(), "budget": self.budget.to_dict()}
+        return settings if self.gate is None else {**settings, "gate": self.gate.settings()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters, statistics and the calibration, if there is one."""
+        """Parameters and statistics; calibration and gate, if there are any."""
         own = {"params": self.params, "mean": self.mean, "var": self.var}
-        return {**own, **super().tensors()}
+        gate = {} if self.gate is None else self.gate.tensors()
+        return {**own, **super().tensors(), **{f"gate.{name}": t for name, t in gate.items()}}
 
     def earlier_fingerprints(self) -> tuple[str, ...]:
         """In version 1 a threshold had two names."""
-        if self.calibration is not None:
+        if self.calibration is not None or self.gate is not None:
             return ()
         flat = {**self.config.to_dict(), **version1.flat_budget(self.budget)}
         tensors = [self.params, self.mean, self.var]
@@ -272,6 +310,8 @@ class NAMM(Policy):
 
 
 def _layout(config: NAMMConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if config.scorer == "none":
+        return ()
     if config.scorer == "bam":
         return reference.BAM_LAYOUT
     return reference.mlp_layout(config.mlp_hidden, config.mlp_depth, config.mlp_bias)

@@ -1,0 +1,149 @@
+"""Make the scores of a model's layers and heads comparable, from a few texts (spec 12.1, 12.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..cache import NAMMCache, borrow, cache_keyword
+from ..cache.families import decoder_config
+from ..policy import Calibration, Policy, UpdateContext
+from .importance import Text, read_twice
+
+PolicyT = TypeVar("PolicyT", bound=Policy)
+
+#: Shares of the cache for which the division among the layers is stored.
+FRACTIONS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+
+
+class _Scores(Policy):
+    """Another policy that evicts nothing and remembers its last scores of every layer."""
+
+    def __init__(self, inner: Policy) -> None:
+        self.inner = inner
+        self.n_up, self.num_state = inner.n_up, inner.num_state
+        self.needs_window = inner.needs_window
+        self.scores: dict[int, Tensor] = {}
+
+    def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
+        """The inner policy's scores and state."""
+        scores, state = self.inner.update(ctx)
+        self.scores[ctx.layer_idx] = torch.stack([scores[r] for r in ctx.segments.slices()])
+        return scores, state
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inner policy's settings."""
+        return self.inner.to_dict()
+
+
+@torch.inference_mode()
+def scores_of(policy: Policy, model: Any, ids: Sequence[int]) -> Tensor:
+    """``[M, H, T']`` scores after reading a text with nothing evicted.
+
+    M counts the layers with a memory; T' is the largest multiple of ``n_up`` up to ``len(ids)``.
+
+    Raises:
+        ValueError: if the text is shorter than ``n_up`` tokens.
+    """
+    num_tokens = len(ids) - len(ids) % policy.n_up
+    if not num_tokens:
+        raise ValueError(
+            f"calibrate: texts must have at least n_up = {policy.n_up} tokens, got {len(ids)}"
+        )
+    reader = _Scores(policy)
+    with borrow(model):
+        given = {cache_keyword(model.base_model): NAMMCache(model, reader)}
+        ids = torch.tensor([ids[:num_tokens]], device=model.device)
+        model.base_model(ids, **given, use_cache=True)
+    return torch.stack([reader.scores[i] for i in sorted(reader.scores)]).float().cpu()
+
+
+def calibrate(
+    policy: PolicyT,
+    model: Any,
+    texts: Sequence[Text],
+    *,
+    on_text: Callable[[int], None] = lambda _: None,
+) -> PolicyT:
+    """The same policy, ready for the scope "global" on a model: a minute, no training.
+
+    Each text is read three times: twice for the importance of its tokens, once for the policy's
+    scores of them.
+
+    Args:
+        policy: whose scores are to be compared over layers and heads; the floors of its budget
+            count as kept.
+        model: a causal language model of transformers.
+        texts: one or a few, at least ``n_up`` tokens long, of the lengths and kinds that matter.
+        on_text: called with the number of texts read so far.
+
+    Raises:
+        ValueError: if there is no text or one is too short.
+    """
+    if not texts:
+        raise ValueError("calibrate: texts must hold at least one text, got none")
+    scores, targets = [], []
+    for number, text in enumerate(texts, start=1):
+        scores.append(scores_of(policy, model, text.ids))
+        layers = read_twice(model, text)
+        target = torch.stack([layer.target for layer in layers]).float().cpu()
+        targets.append(target[..., : scores[-1].shape[2]])
+        on_text(number)
+    found = calibration_of(scores, targets, policy.budget)
+    index = [layer.layer_idx for layer in layers]
+    num_layers = decoder_config(model.config).num_hidden_layers
+    return policy.with_calibration(_for_all_layers(found, index, num_layers))
+
+
+def _for_all_layers(found: Calibration, index: Sequence[int], num_layers: int) -> Calibration:
+    """Layers without a memory (sliding windows) have rows too; nobody asks for them."""
+    offsets = found.offsets.new_zeros(num_layers, found.num_kv_heads)
+    shares = found.fractions.expand(num_layers, -1).clone()
+    offsets[list(index)], shares[list(index)] = found.offsets, found.layer_fractions
+    return Calibration(offsets, found.fractions, shares)
+
+
+def calibration_of(
+    scores: Sequence[Tensor], targets: Sequence[Tensor], budget: Budget | None = None
+) -> Calibration:
+    """Offsets of the heads, and how a global cut divides every budget among the layers.
+
+    Args:
+        scores: ``[L, H, T]`` of each text, larger for tokens that stay longer.
+        targets: ``[L, H, T]`` log importance of the same tokens.
+        budget: whose floors count as kept.
+
+    Example:
+        >>> target = torch.tensor([[[0.0, 1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0, 7.0]]])
+        >>> found = calibration_of([target - target.mean(2, keepdim=True)], [target])
+        >>> found.offsets.flatten().tolist(), round(found.layer_fraction(1, 0.5), 6)
+        ([1.5, 5.5], 1.0)
+    """
+    difference = torch.cat([t - s for s, t in zip(scores, targets, strict=True)], dim=2)
+    offsets = difference.mean(2)
+    ranked = []
+    for score in scores:
+        comparable = score + offsets[..., None]
+        sinks, recent = (budget or Budget()).floors(score.shape[2])
+        comparable[..., :sinks] = torch.inf
+        comparable[..., score.shape[2] - max(recent, 1) :] = torch.inf
+        ranked.append(comparable)
+    pooled = torch.cat(ranked, dim=2).flatten(1)  # [L, H * tokens]
+    forced = float(pooled.isinf().float().mean())
+    order = pooled.flatten().sort(descending=True).values
+    fractions, columns = [], []
+    for fraction in FRACTIONS:
+        count = round(fraction * order.numel())
+        if count == 0:
+            continue
+        kept = pooled >= order[count - 1]
+        share = kept.double().mean(1)
+        # Floors alone are equal parts; ties at the cut are shared by all.
+        share = share * fraction / share.mean() if fraction > forced else share * 0 + fraction
+        fractions.append(fraction)
+        columns.append(share.clamp(max=1.0))
+    return Calibration(offsets, torch.tensor(fractions), torch.stack(columns, 1))
