@@ -7,6 +7,7 @@ import typer
 from .compare import compare
 from .demo import demo
 from .evolve import evolve
+from .fit import calibrate, fit
 from .info import info
 from .train_lm import train_lm
 
@@ -17,5 +18,5 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Evolved KV-cache memory (NAMM) for models of transformers.",
 )
-for command in (demo, compare, evolve, train_lm, info):
+for command in (demo, compare, fit, calibrate, evolve, train_lm, info):
     app.command(command.__name__.replace("_", "-"))(command)

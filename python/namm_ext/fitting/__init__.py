@@ -1,23 +1,29 @@
 """Fit memories to a model: head offsets, gate and scorer, by what a second reading attends to."""
 
 from .attention import AttentionFitConfig, fit_attention
-from .calibrate import calibrate, calibration_of
+from .calibrate import calibrate, calibrate_statistics, calibration_of
+from .fit import Fit, FitConfig, fit
 from .gate import GateFit, fit_gate
 from .importance import IMPORTANCE_EPS, Later, LayerReading, Text, read_twice
-from .texts import asked, repeated, training_texts
+from .texts import asked, folder_texts, repeated, training_texts
 
 __all__ = [
     "IMPORTANCE_EPS",
     "AttentionFitConfig",
+    "Fit",
+    "FitConfig",
     "GateFit",
     "Later",
     "LayerReading",
     "Text",
     "asked",
     "calibrate",
+    "calibrate_statistics",
     "calibration_of",
+    "fit",
     "fit_attention",
     "fit_gate",
+    "folder_texts",
     "read_twice",
     "repeated",
     "training_texts",

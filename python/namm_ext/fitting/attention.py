@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def fit_attention(
             offsets = _mean_rest(heads, len(offsets)).requires_grad_()
         _descend(
             policy, heads, params, offsets, config, generator,
-            lambda step, loss, r=round_: on_step(r, step, loss),
+            partial(on_step, round_),
         )  # fmt: skip
         policy = policy.with_params(params.detach().clone())
     return policy
@@ -194,7 +195,9 @@ def _descend(
     total = 0.0
     for step in range(1, config.steps + 1):
         # Neighbours are of like sizes, so padding costs little.
-        first = int(torch.randint(max(1, len(by_size) - config.batch_size), (), generator=generator))
+        first = int(
+            torch.randint(max(1, len(by_size) - config.batch_size), (), generator=generator)
+        )
         batch = by_size[first : first + config.batch_size]
         loss = _loss(policy, batch, params, offsets)
         optimiser.zero_grad()

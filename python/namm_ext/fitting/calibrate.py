@@ -11,7 +11,7 @@ from torch import Tensor
 from ..budget import Budget
 from ..cache import NAMMCache, borrow, cache_keyword
 from ..cache.families import decoder_config
-from ..policy import Calibration, Policy, UpdateContext
+from ..policy import NAMM, Calibration, Policy, StatisticsCalibrator, UpdateContext
 from .importance import Text, read_twice
 
 PolicyT = TypeVar("PolicyT", bound=Policy)
@@ -57,9 +57,35 @@ def scores_of(policy: Policy, model: Any, ids: Sequence[int]) -> Tensor:
     reader = _Scores(policy)
     with borrow(model):
         given = {cache_keyword(model.base_model): NAMMCache(model, reader)}
-        ids = torch.tensor([ids[:num_tokens]], device=model.device)
-        model.base_model(ids, **given, use_cache=True)
+        tokens = torch.tensor([ids[:num_tokens]], device=model.device)
+        model.base_model(tokens, **given, use_cache=True)
     return torch.stack([reader.scores[i] for i in sorted(reader.scores)]).float().cpu()
+
+
+@torch.inference_mode()
+def calibrate_statistics(
+    policy: NAMM,
+    model: Any,
+    texts: Sequence[Text],
+    *,
+    on_text: Callable[[int], None] = lambda _: None,
+) -> NAMM:
+    """The same memory, normalising its features by what they are on a model (spec 4).
+
+    Args:
+        policy: with a scorer.
+        model: a causal language model of transformers.
+        texts: at least ``n_up`` tokens long.
+        on_text: called with the number of texts read so far.
+    """
+    collector = StatisticsCalibrator(policy.config)
+    with borrow(model):
+        for number, text in enumerate(texts, start=1):
+            given = {cache_keyword(model.base_model): NAMMCache(model, collector)}
+            ids = torch.tensor([text.ids], device=model.device)
+            model.base_model(ids, **given, use_cache=True)
+            on_text(number)
+    return policy.with_statistics(collector)
 
 
 def calibrate(
@@ -133,17 +159,16 @@ def calibration_of(
         comparable[..., score.shape[2] - max(recent, 1) :] = torch.inf
         ranked.append(comparable)
     pooled = torch.cat(ranked, dim=2).flatten(1)  # [L, H * tokens]
-    forced = float(pooled.isinf().float().mean())
     order = pooled.flatten().sort(descending=True).values
+    total = order.numel()
     fractions, columns = [], []
-    for fraction in FRACTIONS:
-        count = round(fraction * order.numel())
-        if count == 0:
-            continue
-        kept = pooled >= order[count - 1]
-        share = kept.double().mean(1)
-        # Floors alone are equal parts; ties at the cut are shared by all.
-        share = share * fraction / share.mean() if fraction > forced else share * 0 + fraction
-        fractions.append(fraction)
-        columns.append(share.clamp(max=1.0))
-    return Calibration(offsets, torch.tensor(fractions), torch.stack(columns, 1))
+    for count in sorted({max(1, round(fraction * total)) for fraction in FRACTIONS}):
+        cut = order[count - 1]
+        above, ties = pooled > cut, pooled == cut  # ties at the cut share what is left
+        left = (count - int(above.sum())) / int(ties.sum())
+        kept = above.double().sum(1) + left * ties.double().sum(1)
+        fractions.append(count / total)
+        columns.append((kept / pooled.shape[1]).clamp(max=1.0))
+    return Calibration(
+        offsets, torch.tensor(fractions, dtype=torch.float64), torch.stack(columns, 1)
+    )

@@ -93,8 +93,7 @@ def fit_gate(
         layers = read_twice(model, text)
         targets.append(torch.stack([layer.target for layer in layers]).cpu())
         scores = [
-            inputs(layer).cpu() @ w.T + b
-            for layer, w, b in zip(layers, weight, bias, strict=True)
+            inputs(layer).cpu() @ w.T + b for layer, w, b in zip(layers, weight, bias, strict=True)
         ]
         guesses.append(torch.stack(scores).transpose(1, 2))
         on_text(number)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..library import Library, load_library
@@ -46,7 +48,9 @@ def asked(tokenizer: Any, reading: Reading, weight: float = QUESTION_WEIGHT) -> 
         if ids and not reading.turns:
             ids += chat.ids(f".{chat.between}")
         ids += [*question.ids, *question.answer_ids]
-    return Text(reading.context_ids, (_repetition(chat, reading.context_ids), Later(tuple(ids), weight)))
+    return Text(
+        reading.context_ids, (_repetition(chat, reading.context_ids), Later(tuple(ids), weight))
+    )
 
 
 def training_texts(
@@ -87,3 +91,38 @@ def training_texts(
         )  # fmt: skip
         texts.append(asked(tokenizer, reading, question_weight))
     return texts
+
+
+def folder_texts(
+    tokenizer: Any, folder: str | Path, *, length: int, count: int, seed: int = 0
+) -> list[Text]:
+    """Windows of the text files in a folder, which the model is asked to repeat.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        folder: with UTF-8 text files, at any depth.
+        length: tokens of a text, what opens the chat included.
+        count: of texts.
+        seed: of the choice.
+
+    Raises:
+        ValueError: if the files hold fewer than ``length`` tokens.
+    """
+    chat = Chat(tokenizer)
+    head = chat.ids(chat.head) if chat.head else []
+    size = length - len(head)
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    ids: list[int] = []
+    for path in files:
+        try:
+            ids += chat.ids(path.read_text(encoding="utf-8") + "\n\n")
+        except UnicodeDecodeError:
+            continue  # not a text
+    if size < 1 or len(ids) < size:
+        raise ValueError(
+            f"folder must hold at least {max(size, 1)} tokens of text for a length of {length}, "
+            f"got {len(ids)} in {folder}"
+        )
+    rng = random.Random(seed)
+    starts = [rng.randrange(len(ids) - size + 1) for _ in range(count)]
+    return [repeated(tokenizer, [*head, *ids[start : start + size]]) for start in starts]

@@ -76,9 +76,7 @@ class Gate:
             ValueError: if the gate was fitted to a model of another shape.
         """
         segments = ctx.segments
-        self.check_layer(
-            ctx.layer_idx, ctx.num_kv_heads, segments.k.shape[1], segments.v.shape[1]
-        )
+        self.check_layer(ctx.layer_idx, ctx.num_kv_heads, segments.k.shape[1], segments.v.shape[1])
         ops.gate_(
             segments,
             ctx.window.active,
@@ -89,7 +87,9 @@ class Gate:
             interleaved=self.interleaved,
         )
 
-    def check_layer(self, layer_idx: int, num_kv_heads: int, head_dim: int, head_dim_v: int) -> None:
+    def check_layer(
+        self, layer_idx: int, num_kv_heads: int, head_dim: int, head_dim_v: int
+    ) -> None:
         """Make sure that a layer of a model is one that the gate was fitted to.
 
         Raises:
@@ -136,4 +136,5 @@ class Gate:
                 f"Gate: fields must be {', '.join(sorted(names))}, got "
                 f"{', '.join(sorted({*settings, *tensors})) or 'none'}"
             )
-        return cls(**settings, **tensors)
+        values: dict[str, Any] = {**settings, **tensors}
+        return cls(**values)

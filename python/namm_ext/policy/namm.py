@@ -143,9 +143,7 @@ class NAMM(Policy):
         )
         log_transform = self.config.feature_transform == "log"
         if self.config.scorer == "bam":
-            return ops.bam_scores(
-                *values, log_transform=log_transform, log_eps=self.config.log_eps
-            )
+            return ops.bam_scores(*values, log_transform=log_transform, log_eps=self.config.log_eps)
         return ops.mlp_scores(
             *values,
             log_transform=log_transform,

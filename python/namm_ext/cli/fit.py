@@ -1,0 +1,135 @@
+"""``namm fit`` and ``namm calibrate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .shared import Policy, Threads, load_model, load_policy, make_console, set_threads
+
+if TYPE_CHECKING:
+    from ..fitting import Text
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="The language model is one of the zoo, a folder of transformers or a GGUF file."
+    ),
+]
+Folder = Annotated[Path, typer.Argument(help="The memory is saved in this folder.")]
+Own = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="The texts are the files of this folder.",
+        show_default="the standard library's, and tasks hidden in it",
+    ),
+]
+Length = Annotated[int, typer.Option(help="A text has so many tokens.", min=64)]
+Seed = Annotated[int, typer.Option(help="The choice of texts depends on this seed.")]
+
+
+def fit(
+    model: ModelArgument,
+    output: Folder,
+    text: Own = None,
+    length: Length = 1024,
+    count: Annotated[int, typer.Option(help="So many texts are read.", min=2)] = 72,
+    scorer: Annotated[
+        str,
+        typer.Option(help="The attention is scored by bam or mlp, or not at all: none."),
+    ] = "bam",
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Fit a memory to a model: a gate, a scorer of attention, and the offsets of its heads."""
+    set_threads(threads)
+    from ..fitting import FitConfig, fit
+
+    console = make_console()
+    loaded, tokenizer, name = load_model(model)
+    texts = _texts(tokenizer, text, length, count, seed)
+    config = FitConfig()
+    config = replace(
+        config,
+        namm=config.namm.replace(scorer=scorer),
+        attention=replace(config.attention, seed=seed),
+    )
+    with _progress(console) as on_step:
+        found = fit(loaded, texts, config, on_step=on_step)
+    found.policy.save_pretrained(output)
+    report = {
+        "model": name,
+        "texts": {"folder": text and str(text), "length": length, "count": count, "seed": seed},
+        "config": config.to_dict(),
+        **found.report(),
+    }
+    (output / "fit.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    gate = found.gate
+    console.print(
+        f"On {gate.num_held_out} texts held out, the gate explains {gate.r2:.0%} of the variance "
+        f"of log importance, {gate.r2_within:.0%} within a head, and finds {gate.recall:.0%} of "
+        "the most important quarter."
+    )
+    console.print(f"Saved in [bold]{output}[/], figures in fit.json.")
+
+
+def calibrate(
+    model: ModelArgument,
+    output: Folder,
+    policy: Policy = None,
+    text: Own = None,
+    length: Length = 1024,
+    count: Annotated[int, typer.Option(help="So many texts are read.", min=1)] = 4,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Calibrate a memory for a model: statistics, and the offsets of its heads. A minute."""
+    set_threads(threads)
+    from ..fitting import calibrate, calibrate_statistics
+
+    console = make_console()
+    loaded, tokenizer, _ = load_model(model)
+    memory, name = load_policy(policy)
+    texts = _texts(tokenizer, text, length, count, seed)
+    if memory.budget.size is None:
+        memory = memory.with_budget(size=0.25)
+    memory = memory.with_budget(
+        scope="global", layer_shares=None, threshold=None, sink_tokens=4, recent_tokens=32
+    )
+    with _progress(console) as on_step:
+        if memory.needs_window:
+            memory = calibrate_statistics(
+                memory, loaded, texts, on_text=lambda n: on_step("statistics", n / count)
+            )
+        memory = calibrate(memory, loaded, texts, on_text=lambda n: on_step("offsets", n / count))
+    memory.save_pretrained(output)
+    console.print(f"{name} is calibrated for {model}, saved in [bold]{output}[/].")
+
+
+def _texts(tokenizer: Any, folder: Path | None, length: int, count: int, seed: int) -> list[Text]:
+    from ..fitting import folder_texts, training_texts
+
+    if folder is not None:
+        return folder_texts(tokenizer, folder, length=length, count=count, seed=seed)
+    return training_texts(tokenizer, length=length, count=count, seed=seed)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("reading", total=1.0)
+
+        def on_step(what: str, share: float) -> None:
+            progress.update(task, description=what, completed=share)
+
+        yield on_step
