@@ -4,6 +4,7 @@ from .evaluate import Context, Evaluation, evaluate_policy, evaluate_population,
 from .imitate import ImitateConfig, imitate
 from .own_data import JsonlProblem, TextProblem
 from .problem import PlainContext, Problem, SizedProblem, length_of
+from .readings import Population, ReadingProblem
 from .records import RecordProblem
 from .search import DiagonalCMA
 from .train import EvolveConfig, EvolveResult, calibrate_statistics, evolve
@@ -17,7 +18,9 @@ __all__ = [
     "ImitateConfig",
     "JsonlProblem",
     "PlainContext",
+    "Population",
     "Problem",
+    "ReadingProblem",
     "RecordProblem",
     "SizedProblem",
     "TextProblem",
