@@ -90,6 +90,8 @@ class OracleLayer:
     probs: Tensor  # [H, T, T] group mean of the attention of every query so far
     ema: Tensor  # [H, T, 17]
     keys: Tensor  # [H, T, D]
+    values: Tensor  # [H, T, Dv]
+    queries: Tensor  # [H, G, T, D]
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # scores, alive after
 
 
@@ -123,7 +125,9 @@ class DenseOracle:
         _, h, total, _ = key.shape
         scale = dim**-0.5 if scaling is None else scaling
         layer = self._grow(module.layer_idx, h, total, query.dtype)
-        layer.keys = key[0]
+        layer.keys, layer.values = key[0], value[0]
+        asked = query[0].unflatten(0, (h, num_heads // h))
+        layer.queries = torch.cat([layer.queries, asked], 2) if total > new else asked
         out = torch.zeros(1, new, num_heads, value.shape[-1], dtype=query.dtype)
         for i in range(new):
             t = total - new + i
@@ -148,12 +152,13 @@ class DenseOracle:
             torch.zeros(h, total, dtype=torch.bool),
             torch.zeros(h, total, total, dtype=dtype),
             torch.zeros(h, total, 17, dtype=dtype),
-            torch.zeros(0),
+            *torch.zeros(3, 0),
         )
         if old is not None:
             n = old.alive.shape[1]
             layer.alive[:, :n], layer.ema[:, :n] = old.alive, old.ema
             layer.probs[:, :n, :n], layer.updates = old.probs, old.updates
+            layer.queries = old.queries
         self.layers[index] = layer
         return layer
 

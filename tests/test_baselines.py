@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
+import transformers
 from hf_models import (
+    COMMON,
     FAMILIES,
     DenseOracle,
     build,
+    gemma3_config,
     oracle_logits,
     positions,
     select_by,
     tokens,
 )
-from namm_ext import Budget, NAMMCache
+from namm_ext import Budget, Calibration, NAMMCache, rotation
 from namm_ext.baselines import (
     H2O,
     TOVA,
+    ExpectedAttention,
     Full,
     KeyDiff,
     KNorm,
+    KVzip,
+    LagKV,
+    NestedKeyDiff,
     NeverEvict,
     Random,
     SnapKV,
     StreamingLLM,
+    by_key,
+    by_query,
+    by_repetition,
 )
+from namm_ext.baselines.grid import GRID
+from namm_ext.rotation import Rotation, rotation_of
 
 LENGTH = 75
 
@@ -83,6 +97,92 @@ def by_pooled_window(window, kernel):
     return score
 
 
+def by_expected_attention(sinks, future, epsilon=0.0):
+    """Mean and covariance of the queries before RoPE, turned by an explicit mean matrix."""
+
+    def rotation(angles):  # [R / 2] -> [D, D], halves as in Llama
+        cos, sin = angles.cos().diag(), angles.sin().diag()
+        return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)], 0)
+
+    def score(oracle, layer, index, t):
+        _, groups, _, dim = layer.queries.shape
+        theta = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        begin = max(sinks, t - oracle.n_up - 16)
+        mean_turn = sum(rotation(theta * (t + f)) for f in range(future)) / future
+        scores = torch.zeros(layer.alive.shape, dtype=torch.float64)
+        for h, alive in enumerate(layer.alive):
+            rows = alive.nonzero().flatten()
+            rows = rows[rows >= sinks]
+            weight = 0.0
+            for g in range(groups):
+                before_rope = torch.stack(
+                    [rotation(theta * i).T @ layer.queries[h, g, i] for i in range(begin, t)]
+                )
+                mean = mean_turn @ before_rope.mean(0)
+                covariance = mean_turn @ before_rope.T.cov(correction=0) @ mean_turn.T
+                k = layer.keys[h, rows] * dim**-0.25
+                logits = k @ mean * dim**-0.25 + torch.einsum("ti,ij,tj->t", k, covariance, k) / (
+                    2 * dim**0.5
+                )
+                weight = weight + logits.softmax(0) / groups
+            scores[h, rows] = (weight + epsilon) * layer.values[h, rows].norm(dim=-1)
+            scores[h, :sinks] = scores[h].max()
+        return scores
+
+    return score
+
+
+def by_lag(sinks, lag):
+    """The published score of the whole sequence, of which nothing is forgotten."""
+
+    def variation(x):  # [P, lag, D] -> [P - 1, lag]
+        low, high = x[1:].amin(1, keepdim=True), x[1:].amax(1, keepdim=True)
+        return ((x[:-1] - low) / (high - low)).std(-1).softmax(-1)
+
+    def score(oracle, layer, index, t):
+        scores = torch.ones(layer.alive.shape, dtype=torch.float64)
+        complete = (t - sinks) // lag
+        if complete < 2:
+            return scores
+        for h in range(len(scores)):
+            k, v = (
+                x[h, sinks : sinks + complete * lag].unflatten(0, (complete, lag))
+                for x in (layer.keys, layer.values)
+            )
+            rank = (variation(k) + variation(v)).argsort(-1).argsort(-1)
+            scores[h, sinks : sinks + (complete - 1) * lag] = rank.flatten() / lag
+        return scores
+
+    return score
+
+
+def by_nested_difference(block, window):
+    def score(oracle, layer, index, t):
+        scores = torch.zeros(layer.alive.shape, dtype=torch.float64)
+        for h, alive in enumerate(layer.alive):
+            rows = alive.nonzero().flatten().tolist()
+            unit = {p: layer.keys[h, p] / layer.keys[h, p].norm() for p in rows}
+            total = torch.zeros(len(rows), dtype=torch.float64)
+            for near in (
+                lambda p, q, i, j: True,
+                lambda p, q, i, j: p // block == q // block,
+                lambda p, q, i, j: i - window < j <= i,
+            ):
+                anomaly = []
+                for i, p in enumerate(rows):
+                    mean = torch.stack(
+                        [unit[q] for j, q in enumerate(rows) if near(p, q, i, j)]
+                    ).mean(0)
+                    anomaly.append(1 - float(unit[p] @ mean / mean.norm()))
+                total += torch.tensor([sum(a < b for a in anomaly) for b in anomaly])
+            scores[h, rows] = total / (3 * len(rows))
+        return scores
+
+    return score
+
+
+LLAMA = Rotation(tuple(10000.0 ** (-i / 8) for i in range(0, 8, 2)))
+
 CASES = {
     "StreamingLLM": (StreamingLLM(12, 16), by_position, {"sink_tokens": 4}),
     "H2O": (H2O(12, 16), by_accumulated_attention, {"recent_tokens": 6}),
@@ -104,6 +204,22 @@ CASES = {
                     by_norm, {"sink_tokens": 2, "recent_tokens": 3}),
     "KeyDiff": (KeyDiff(12, 16), by_key_difference, {}),
     "KeyDiff_layer": (KeyDiff(Budget(12, scope="per_layer"), 16), by_key_difference, {}),
+    "NestedKeyDiff": (NestedKeyDiff(20, 16, block=25, window=4), by_nested_difference(25, 4), {}),
+    "NestedKeyDiff_layer": (
+        NestedKeyDiff(Budget(15, scope="per_layer", sink_tokens=2), 16, block=5, window=7),
+        by_nested_difference(5, 7), {"sink_tokens": 2}),
+    "LagKV": (LagKV(40, 16, lag=8), by_lag(4, 8), {"sink_tokens": 4, "recent_tokens": 8}),
+    "LagKV_odd": (LagKV(Budget(34, sink_tokens=3, recent_tokens=0.5), 10, lag=7), by_lag(3, 7),
+                  {"sink_tokens": 3, "recent_tokens": 17}),
+    "LagKV_layer": (LagKV(Budget(40, scope="per_layer", sink_tokens=1), 16, lag=9), by_lag(1, 9),
+                    {"sink_tokens": 1, "recent_tokens": 9}),
+    "ExpectedAttention": (ExpectedAttention(12, 16, future=50, rotation=LLAMA),
+                          by_expected_attention(4, 50), {"sink_tokens": 4}),
+    "ExpectedAttention_layer": (
+        ExpectedAttention(
+            Budget(12, scope="per_layer", sink_tokens=1, recent_tokens=2), 20, future=7,
+            epsilon=0.02, rotation=LLAMA),
+        by_expected_attention(1, 7, 0.02), {"sink_tokens": 1, "recent_tokens": 2}),
 }  # fmt: skip
 
 
@@ -178,12 +294,16 @@ def test_never_evict(model):
     assert Full is NeverEvict
 
 
-@pytest.mark.parametrize("rule", [StreamingLLM, H2O, SnapKV, TOVA, KNorm, KeyDiff, Random])
+RULES = (StreamingLLM, H2O, SnapKV, TOVA, KNorm, KeyDiff, NestedKeyDiff, LagKV, ExpectedAttention,
+         Random)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scope", ["per_head", "per_layer"])
 @torch.no_grad()
 def test_budgets_hold_in_a_padded_batch(model, rule, scope):
     """Same constructor for all; padded rows equal rows alone."""
-    policy = rule(Budget(10, scope=scope), n_up=16)
+    policy = rule(Budget(10, scope=scope), n_up=16).for_context(model, None, ())
     ids = tokens(2, 60)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -197,6 +317,173 @@ def test_budgets_hold_in_a_padded_batch(model, rule, scope):
         assert [sum(kept[:2]), sum(kept[2:])] == [20, 20]
         if scope == "per_head":
             assert set(kept) == {10}
+
+
+@torch.no_grad()
+def test_a_thinned_partition(model):
+    """A budget that cannot hold what is not ranked yet: it still holds, and scores are numbers."""
+    cache = NAMMCache(model, LagKV(Budget(6), 16, lag=16))
+    model(tokens(1, LENGTH), past_key_values=cache)
+    for layer in cache.layers:
+        assert set(layer.kv.store.kept) == {6}
+        assert layer.kv.store.segments.state[layer.kv.store.segments.live].isfinite().all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@torch.no_grad()
+def test_global_scope_follows_the_calibration(model, rule):
+    scores = torch.tensor([[1.0, 0.5], [2.0, 0.1]]), torch.zeros(2, 2)
+    calibration = Calibration(
+        scores[1], torch.tensor([0.25, 1.0]), torch.tensor([[0.15, 1], [0.35, 1]]), scores[0]
+    )
+    budget = Budget(20, scope="global", sink_tokens=4, recent_tokens=0.1)
+    policy = rule(budget, n_up=16).for_context(model, None, ()).with_calibration(calibration)
+    cache = NAMMCache(model, policy)
+    model(tokens(1, 80), past_key_values=cache)
+    assert [sum(layer.kv.store.kept) for layer in cache.layers] == [24, 56]
+    for layer in cache.layers:
+        for held in positions(layer):
+            assert {0, 1, 2, 3, 79} <= set(held)
+
+
+class Words:
+    """A tokenizer whose chat begins with tokens 2 3 and goes on with 5 6 after the user."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize
+        assert add_generation_prompt
+        return f"23{messages[0]['content']}56"
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(c) % 7 for c in text]
+
+
+@pytest.fixture(scope="module")
+def weights(model):
+    """What KVzip ranks by, from the probabilities of an eager second reading: [L, H, T]."""
+    words = Words()
+    opening, ask = (
+        words.encode(t, add_special_tokens=False) for t in ("23", by_repetition.REPEAT + "56")
+    )
+    context = torch.cat([torch.tensor([opening]), tokens(1, LENGTH, seed=5)], 1)
+    ids = torch.cat([context, torch.tensor([ask]), context[:, len(opening) :]], 1)
+    # Periods are filled with the last token.
+    ids = torch.cat([ids, ids[:, -1:].expand(1, -ids.shape[1] % 128)], 1)
+    eager = build(FAMILIES["llama"](), torch.float64)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = eager(ids, output_attentions=True).attentions
+    n = context.shape[1]
+    dense = [p[0, :, n:, :n].unflatten(0, (2, 2)).amax((1, 2)) for p in found]
+    return context, torch.stack(dense)
+
+
+def test_kvzip_reads_twice(model, weights):
+    context, dense = weights
+    policy = KVzip(0.25).for_context(model, Words(), context[0].tolist())
+    assert policy.two_passes
+    assert not KNorm(9).two_passes
+    assert policy.n_up == context.shape[1]
+    # The eager softmax is in float32.
+    found = torch.stack(list(policy.weights.values()))
+    torch.testing.assert_close(found, dense, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"sink_tokens": 0}, {"scope": "per_layer", "recent_tokens": 0.25}, {"scope": "per_head"},
+    {"recent_tokens": 9, "size": 19},
+], ids=repr)  # fmt: skip
+@torch.no_grad()
+def test_kvzip_keeps_the_best_once(model, weights, changes):
+    context, dense = weights
+    n = context.shape[1]
+    policy = KVzip(0.25).with_budget(**changes).with_weights(dict(enumerate(dense)))
+    cache = NAMMCache(model, policy)
+    for part in (context[:, :31], context[:, 31:], tokens(1, 2 * n, seed=6)):
+        model(part, past_key_values=cache)
+    got = [[p for p in held if p < n] for layer in cache.layers for held in positions(layer)]
+    # What came later is all there.
+    assert all(set(range(n, 3 * n)) <= set(positions(layer)[0]) for layer in cache.layers)
+
+    budget = policy.budget
+    tokens_each = int(budget.size * n) if isinstance(budget.size, float) else budget.size
+    ranked = dense.clone()
+    if budget.scope == "global":
+        sinks, recent = budget.floors(tokens_each)
+        ranked[..., :sinks] = ranked[..., n - max(recent, 1) :] = 9.0
+        order = ranked.flatten().sort(descending=True).indices[: tokens_each * 4]
+        counts = [int((order // (2 * n) == layer).sum()) // 2 for layer in (0, 1)]
+        assert sum(counts) in (2 * tokens_each - 1, 2 * tokens_each)
+        assert counts[0] != counts[1]
+    else:
+        counts = [tokens_each] * 2
+    for layer, count in enumerate(counts):
+        sinks, recent = budget.floors(count)
+        ranked[layer][:, :sinks] = ranked[layer][:, n - max(recent, 1) :] = 9.0
+        if budget.scope == "per_head":
+            want = [row.topk(count).indices.sort().values.tolist() for row in ranked[layer]]
+        else:
+            best = ranked[layer].flatten().topk(2 * count).indices
+            want = [sorted((best[best // n == h] % n).tolist()) for h in (0, 1)]
+        assert got[2 * layer : 2 * layer + 2] == want
+
+
+def test_kvzip_is_told_apart_by_what_it_read(weights):
+    _, dense = weights
+    policy = KVzip(0.25).with_weights(dict(enumerate(dense)))
+    other = KVzip(0.25).with_weights(dict(enumerate(dense + 1e-3)))
+    assert policy.fingerprint() != other.fingerprint()
+    moved = policy.to("meta")
+    assert policy.to("cpu") is policy
+    assert moved.weights[0].device.type == "meta"
+    assert moved.n_up == policy.n_up
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma3", "cohere", "glm"])
+@torch.no_grad()
+def test_rotation_is_that_of_the_model(name):
+    """The same token again and again has the same key in the first layer, turned back."""
+    config = {
+        **FAMILIES,
+        "gemma3": lambda: gemma3_config(layer_types=["full_attention"] * 3),
+        "cohere": lambda: transformers.CohereConfig(**COMMON),  # neighbours turn together
+        "glm": lambda: transformers.GlmConfig(**{**COMMON, "head_dim": 8}),  # and only half of them
+    }[name]
+    model = build(config(), torch.float64)
+    rotation = rotation_of(model)
+    cache = NAMMCache(model, NeverEvict(64))
+    model(torch.full((1, 40), 7), past_key_values=cache)
+    store = cache.layers[0].kv.store.segments
+    keys = store.k[store.slices()[0]]
+    if name == "gpt2":
+        assert rotation == Rotation()
+        return
+    back = rotation.turn(keys, -torch.arange(40))
+    torch.testing.assert_close(back, keys[:1].expand_as(back), atol=1e-5, rtol=1e-5)
+    assert rotation.interleaved == (name in ("cohere", "glm"))
+    mean = torch.stack([rotation.turn(keys, torch.full((40,), n)) for n in (3, 4, 5)]).mean(0)
+    torch.testing.assert_close(rotation.turn(keys, torch.full((40,), 3), spread=3), mean)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_grid_is_small_and_protects_what_it_should(name):
+    tried = GRID[name]
+    assert 1 < len(tried) <= 6
+    assert len({policy.fingerprint() for policy in tried}) == len(tried)
+    for policy in tried:
+        assert type(policy).__name__ == name
+        assert policy.budget.size == 0.25
+        assert policy.budget.sink_tokens >= 4
+
+
+def test_docstring_examples():
+    for module in (by_key, by_query, by_repetition, rotation):
+        result = doctest.testmod(module)
+        assert result.attempted
+        assert not result.failed
 
 
 def test_fingerprints_tell_policies_apart():
@@ -213,6 +500,12 @@ def test_fingerprints_tell_policies_apart():
         (lambda: KNorm(8, n_up=0), "KNorm: n_up must be an int of at least 1, got 0"),
         (lambda: SnapKV(99, 16, window=33), r"SnapKV: window must be in \[1, 16 \+ n_up\], got 33"),
         (lambda: SnapKV(100, kernel_size=4), "SnapKV: kernel_size must be odd and positive, got 4"),
+        (lambda: LagKV(8, lag=0), "LagKV: lag must be at least 1, got 0"),
+        (lambda: NestedKeyDiff(8, window=0), "NestedKeyDiff: window must be at least 1, got 0"),
+        (lambda: ExpectedAttention(8, future=0), "ExpectedAttention: future must be at least 1"),
+        (lambda: ExpectedAttention(8, epsilon=-1.0), "epsilon must be at least 0, got -1.0"),
+        (lambda: ExpectedAttention(8).score(None), r"got None; use policy.for_model\(model\)"),
+        (lambda: KVzip(8).score(None), r"got none; use policy.for_context"),
         (lambda: TOVA(8, heads="all"), "TOVA: heads must be 'layer' or 'head', got 'all'"),
     ],
 )  # fmt: skip

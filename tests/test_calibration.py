@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hf_models import FAMILIES, build
 from namm_ext import NAMM, Budget, Calibration, NAMMCache, NAMMConfig
 from namm_ext.baselines import KNorm
-from namm_ext.policy import calibration
+from namm_ext.policy import calibration, regress
 from safetensors.torch import load_file, save_file
 from small_context import context, kept_positions
 from test_budget import small_calibration
@@ -37,7 +39,10 @@ def test_docstring_examples():
      "layer_fractions must be 1 in the last column"),
     ({"layer_fractions": torch.tensor([[0.1, 0.3, 1.0], [0.4, 0.8, 1.0]])},
      "layer_fractions must be [0.25, 0.5, 1.0] on average over layers"),
-], ids=range(11))  # fmt: skip
+    ({"scales": torch.ones(2, 3)}, "scales must be [2, 2] as offsets, got [2, 3]"),
+    ({"scales": torch.tensor([[1.0, 1.0], [-0.5, 1.0]])}, "scales must be at least 0, got"),
+    ({"scales": torch.full((2, 2), math.nan)}, "scales must be finite, got NaN or infinite"),
+], ids=range(14))  # fmt: skip
 def test_bad_values(changes, message):
     with pytest.raises(ValueError) as error:
         small_calibration(**changes)
@@ -84,6 +89,45 @@ def test_offsets_make_heads_comparable():
     assert kept_positions(alone[0], ctx) == kept_positions(alone[1], ctx)
 
 
+def test_scales_make_heads_comparable():
+    """Head 0 speaks in halves and head 1 in tens; what they say is the same."""
+    ctx = context(due=(True,), layer_idx=1)
+    generator = torch.Generator().manual_seed(0)
+    meant = torch.rand(86, generator=generator)
+    spoken = torch.cat([0.5 * meant[:43] - 3, 10 * meant[43:] + 1])
+    policy = KNorm(Budget(9, scope="per_layer"))
+    value = small_calibration(
+        scales=torch.tensor([[1, 1], [2.0, 0.1]]), offsets=torch.tensor([[0, 0], [6.0, -0.1]])
+    )
+    keep, _ = policy.with_calibration(value).select(spoken, ctx)
+    assert kept_positions(keep, ctx) == kept_positions(policy.select(meant, ctx)[0], ctx)
+    assert kept_positions(keep, ctx) != kept_positions(policy.select(spoken, ctx)[0], ctx)
+    silent = policy.with_calibration(small_calibration(scales=torch.tensor([[1, 1], [0, 0.0]])))
+    assert silent.select(spoken, ctx)[1].tolist() == [17, 1]  # offsets alone decide
+    same = policy.with_calibration(small_calibration())
+    ones = policy.with_calibration(small_calibration(scales=torch.ones(2, 2)))
+    assert same.fingerprint() == ones.fingerprint() != silent.fingerprint()
+
+
+def test_regression_against_numpy():
+    generator = torch.Generator().manual_seed(1)
+    scores = [torch.randn(2, 3, n, generator=generator) for n in (40, 25)]
+    slope = torch.tensor([[0.5, 2.0, -1.0], [1.0, 0.01, 30.0]])[..., None]
+    targets = [slope * s + 3 + torch.randn(s.shape, generator=generator) for s in scores]
+    scores[0][1, 1], scores[1][1, 1] = 7.0, 7.0  # a head that says nothing
+    scales, offsets = regress(scores, targets)
+    x, y = (torch.cat(parts, 2).double().numpy() for parts in (scores, targets))
+    for layer, head in itertools.product(range(2), range(3)):
+        if (layer, head) in ((0, 2), (1, 1)):
+            want = [0.0, y[layer, head].mean()]
+        else:
+            want = np.polyfit(x[layer, head], y[layer, head], 1).tolist()
+        got = [float(scales[layer, head]), float(offsets[layer, head])]
+        assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
+    with pytest.raises(ValueError, match="scores must hold at least one token, got none"):
+        regress([torch.zeros(2, 3, 0)], [torch.zeros(2, 3, 0)])
+
+
 def test_the_threshold_is_for_scores_before_offsets():
     ctx = context(due=(True,), layer_idx=1)
     scores = torch.full((86,), -1.0)
@@ -106,6 +150,12 @@ def test_saved_with_a_policy(tmp_path):
     assert back.budget == calibrated.budget
     for name, tensor in calibrated.calibration.tensors().items():
         assert torch.equal(back.calibration.tensors()[name], tensor)
+    assert torch.equal(back.calibration.scales, torch.ones(2, 2))
+    assert "calibration.scales" not in load_file(tmp_path / "namm.safetensors")
+    scaled = namm.with_calibration(small_calibration(scales=torch.tensor([[1, 2], [3.0, 0]])))
+    scaled.save_pretrained(tmp_path / "scaled")
+    again = NAMM.from_pretrained(tmp_path / "scaled")
+    assert again.fingerprint() == scaled.fingerprint() != calibrated.fingerprint()
 
     path = tmp_path / "namm.safetensors"
     content = load_file(path)
@@ -115,7 +165,7 @@ def test_saved_with_a_policy(tmp_path):
         NAMM.from_pretrained(tmp_path)
     del content["calibration.offsets"]
     save_file(content, path)
-    with pytest.raises(ValueError, match="tensors must be offsets, fractions, layer_fractions, go"):
+    with pytest.raises(ValueError, match="tensors must be offsets, fractions, layer_fractions, sc"):
         NAMM.from_pretrained(tmp_path)
 
 
@@ -123,6 +173,7 @@ def test_moves_with_its_policy():
     value = small_calibration()
     assert value.to("cpu") is value
     assert value.to("meta").offsets.device.type == "meta"
+    assert value.to("meta").scales.device.type == "meta"
     assert value.to("meta").layer_fraction(1, 0.25) == pytest.approx(0.4)
     for policy in (KNorm(9), NAMM(NAMMConfig())):
         assert policy.to("meta") is policy or isinstance(policy, NAMM)

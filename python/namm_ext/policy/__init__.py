@@ -1,7 +1,7 @@
 """What decides which tokens stay: the interface of every eviction policy, and NAMM itself."""
 
 from .base import Policy, UpdateContext, check_num_kept
-from .calibration import Calibration
+from .calibration import Calibration, regress
 from .files import bundled_policies
 from .gate import Gate
 from .namm import NAMM
@@ -21,4 +21,5 @@ __all__ = [
     "calibrate_threshold",
     "check_num_kept",
     "read_original_checkpoint",
+    "regress",
 ]

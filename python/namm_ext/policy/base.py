@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,6 +73,7 @@ class Policy:
         budget: how much stays; no limit by default.
         calibration: what makes layers and heads comparable, for one model; None for none.
         min_recent: newest tokens that stay whatever the budget says, as far as there is room.
+        two_passes: whether :meth:`for_context` reads a context before the memory does.
     """
 
     n_up: int
@@ -81,6 +82,7 @@ class Policy:
     budget: Budget = Budget()
     calibration: Calibration | None = None
     min_recent: int = 0
+    two_passes: bool = False
 
     # Deciding ----------------------------------------------------------------------------------
 
@@ -142,13 +144,13 @@ class Policy:
     def _comparable(
         self, scores: Tensor, ctx: UpdateContext, calibration: Calibration, threshold: float
     ) -> Tensor:
-        """Scores with the offsets of their heads, -inf below the threshold; NaN stays NaN."""
+        """Scores that compare across heads, -inf below the threshold; NaN stays NaN."""
         calibration.check_model(None, ctx.num_kv_heads)
         slots = torch.arange(scores.numel(), device=scores.device, dtype=torch.int32)
         ends = ctx.segments.cu_seqlens_k[1:]
         head = torch.bucketize(slots, ends, right=True) % ctx.num_kv_heads
-        offsets = calibration.offsets[ctx.layer_idx].to(scores)
-        return (scores + offsets[head]).masked_fill(scores < threshold, -math.inf)
+        comparable = calibration.comparable(scores, ctx.layer_idx, head)
+        return comparable.masked_fill(scores < threshold, -math.inf)
 
     def room(self, layer_idx: int, seen: int) -> Room:
         """What the budget leaves to a head of a layer when its row has seen ``seen`` tokens.
@@ -198,6 +200,17 @@ class Policy:
         other = copy.copy(self)
         other.calibration = calibration
         return other
+
+    def for_context(self, model: Any, tokenizer: Any, ids: Sequence[int]) -> Policy:
+        """The policy that reads one context; itself, unless it has to know more than a cache shows.
+
+        Args:
+            model: the causal language model of transformers that will read.
+            tokenizer: of the model.
+            ids: the whole context.
+        """
+        del model, tokenizer, ids
+        return self
 
     def to(self: PolicyT, device: torch.device | str) -> PolicyT:
         """This policy with its tensors on ``device``; itself if they are there already."""

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+_OF_HEADS = ("scales", "offsets")
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """How the layers and heads of a model compare under one policy.
 
+    Heads are compared by ``scales * score + offsets``.
+
     Attributes:
-        offsets: ``[L, H]`` float32, added to the scores of a KV head before heads are compared.
+        offsets: ``[L, H]`` float32.
         fractions: ``[Q]`` float64, ascending in (0, 1], the last one 1: shares of the tokens seen
             that all layers together may keep.
         layer_fractions: ``[L, Q]`` float64: the share that layer l then keeps of its own. Its mean
             over the layers is ``fractions``, it never falls along Q, and the last column is 1.
+        scales: ``[L, H]`` float32, at least 0; None, or left out of a file, for ones.
 
     Raises:
         ValueError: if a tensor has another shape, is not finite, or breaks what is said above.
@@ -36,10 +41,14 @@ class Calibration:
     offsets: Tensor
     fractions: Tensor
     layer_fractions: Tensor
+    scales: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.scales is None and isinstance(self.offsets, Tensor):
+            object.__setattr__(self, "scales", torch.ones_like(self.offsets))
         for name, dim, dtype in (
             ("offsets", 2, torch.float32),
+            ("scales", 2, torch.float32),
             ("fractions", 1, torch.float64),
             ("layer_fractions", 2, torch.float64),
         ):
@@ -52,9 +61,14 @@ class Calibration:
             if not bool(value.isfinite().all()):
                 _fail(name, "finite", "NaN or infinite values")
             # The fractions decide on the host.
-            device = value.device if name == "offsets" else torch.device("cpu")
+            device = value.device if name in _OF_HEADS else torch.device("cpu")
             value = value.detach().to(device, dtype, copy=True).contiguous()
             object.__setattr__(self, name, value)
+        assert self.scales is not None
+        if self.scales.shape != self.offsets.shape:
+            _fail("scales", f"{list(self.offsets.shape)} as offsets", list(self.scales.shape))
+        if bool((self.scales < 0).any()):
+            _fail("scales", "at least 0", self.scales.tolist())
         fractions, layers = self.fractions, self.layer_fractions
         if fractions[0] <= 0 or fractions[-1] != 1 or bool((fractions.diff() <= 0).any()):
             _fail("fractions", "ascending in (0, 1] and end at 1", fractions.tolist())
@@ -109,20 +123,35 @@ class Calibration:
         layers = [[0.0, *row] for row in self.layer_fractions.tolist()]
         return [0.0, *self.fractions.tolist()], layers
 
+    def comparable(self, scores: Tensor, layer_idx: int, head: Tensor) -> Tensor:
+        """``scales * scores + offsets`` in the dtype of the scores.
+
+        Args:
+            scores: ``[N]`` of one layer.
+            layer_idx: of the layer.
+            head: ``[N]`` integers, the KV head of each score.
+        """
+        assert self.scales is not None
+        scales, offsets = (t[layer_idx].to(scores) for t in (self.scales, self.offsets))
+        return scales[head] * scores + offsets[head]
+
     def to(self, device: torch.device | str) -> Calibration:
-        """The same with its offsets on ``device``; itself if they are there."""
+        """The same with scales and offsets on ``device``; itself if they are there."""
         if self.offsets.device == torch.empty(0, device=device).device:
             return self
         # Not `replace`: its checks would wait for the device.
         moved = object.__new__(Calibration)
-        for name, value in self.tensors().items():
-            value = value.to(device) if name == "offsets" else value
-            object.__setattr__(moved, name, value)
+        for name in _fields():
+            value = getattr(self, name)
+            object.__setattr__(moved, name, value.to(device) if name in _OF_HEADS else value)
         return moved
 
     def tensors(self) -> dict[str, Tensor]:
-        """The three tensors by name; :meth:`from_tensors` takes them back."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The tensors by name, scales only if they are not ones; :meth:`from_tensors` reads it."""
+        tensors = {name: getattr(self, name) for name in _fields()}
+        if bool((tensors["scales"] == 1).all()):
+            del tensors["scales"]
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
@@ -131,10 +160,47 @@ class Calibration:
         Raises:
             ValueError: if a tensor is missing or unknown, or as the class says.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if sorted(tensors) != sorted(names):
+        names = _fields()
+        if set(tensors) | {"scales"} != set(names):
             _fail("tensors", ", ".join(names), ", ".join(tensors) or "none")
         return cls(**tensors)
+
+
+def regress(scores: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scales and offsets of a calibration: least squares of the target on the score of each head.
+
+    A head whose scores say nothing, or the contrary, gets the scale 0: its tokens are all alike,
+    as important as they are on average.
+
+    Args:
+        scores: ``[L, H, T]`` of each text; finite. Leave out the tokens of the floors, which stay
+            whatever their score is.
+        targets: what the scores stand for, of the same tokens, such as log importance.
+
+    Returns:
+        ``[L, H]`` scales and offsets, float32.
+
+    Raises:
+        ValueError: if there is no token.
+
+    Example:
+        >>> score = torch.tensor([[[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]])
+        >>> target = torch.tensor([[[1.0, 3.0, 5.0], [2.0, 1.0, 0.0]]])
+        >>> regress([score], [target])
+        (tensor([[2., 0.]]), tensor([[1., 1.]]))
+    """
+    x, y = (torch.cat(list(parts), dim=2).double() for parts in (scores, targets))
+    if not x.shape[2]:
+        raise ValueError("regress: scores must hold at least one token, got none")
+    mean_x, mean_y = x.mean(2), y.mean(2)
+    x, y = x - mean_x[..., None], y - mean_y[..., None]
+    tiny = torch.finfo(x.dtype).tiny
+    scales = ((x * y).sum(2) / x.square().sum(2).clamp(min=tiny)).clamp(min=0.0)
+    return scales.float(), (mean_y - scales * mean_x).float()
+
+
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(Calibration)]
 
 
 def _fail(name: str, expected: str, got: object) -> None:
