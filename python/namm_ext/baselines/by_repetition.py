@@ -62,15 +62,16 @@ def weights_when_repeating(
     Returns:
         ``[H, T]`` for each layer with a memory, on the device of the model.
     """
-    from ..cache import NAMMCache, cache_keyword
+    from ..cache import NAMMCache, borrow, cache_keyword
 
     again = [*ask, *ids[first:]]
     # Attention is looked at after whole periods: the last token comes again until one is full.
     again += again[-1:] * (-(len(ids) + len(again)) % _PERIOD)
-    cache = NAMMCache(model, _SecondReading(len(ids)))
-    given = {cache_keyword(model.base_model): cache}
-    for part in (ids, again):
-        model.base_model(torch.tensor([part], device=model.device), **given, use_cache=True)
+    with borrow(model):
+        cache = NAMMCache(model, _SecondReading(len(ids)))
+        given = {cache_keyword(model.base_model): cache}
+        for part in (ids, again):
+            model.base_model(torch.tensor([part], device=model.device), **given, use_cache=True)
     weights = {}
     for layer in cache.memory_layers:
         assert layer.kv is not None
