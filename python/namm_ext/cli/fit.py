@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .shared import Policy, Threads, load_model, load_policy, make_console, set_threads
+from .shared import DType, Policy, Threads, load_model, load_policy, make_console, set_threads
 
 if TYPE_CHECKING:
     from ..fitting import Text
@@ -48,6 +48,7 @@ def fit(
         typer.Option(help="The attention is scored by bam or mlp, or not at all: none."),
     ] = "bam",
     seed: Seed = 0,
+    dtype: DType = "float32",
     threads: Threads = None,
 ) -> None:
     """Fit a memory to a model: a gate, a scorer of attention, and the offsets of its heads."""
@@ -55,7 +56,7 @@ def fit(
     from ..fitting import FitConfig, fit
 
     console = make_console()
-    loaded, tokenizer, name = load_model(model)
+    loaded, tokenizer, name = load_model(model, dtype)
     texts = _texts(tokenizer, text, length, count, seed)
     config = FitConfig()
     config = replace(
@@ -68,6 +69,7 @@ def fit(
     found.policy.save_pretrained(output)
     report = {
         "model": name,
+        "dtype": dtype,
         "texts": {"folder": text and str(text), "length": length, "count": count, "seed": seed},
         "config": config.to_dict(),
         **found.report(),
@@ -90,6 +92,7 @@ def calibrate(
     length: Length = 1024,
     count: Annotated[int, typer.Option(help="So many texts are read.", min=1)] = 4,
     seed: Seed = 0,
+    dtype: DType = "float32",
     threads: Threads = None,
 ) -> None:
     """Calibrate a memory for a model: statistics, and the offsets of its heads. A minute."""
@@ -97,7 +100,7 @@ def calibrate(
     from ..fitting import calibrate, calibrate_statistics
 
     console = make_console()
-    loaded, tokenizer, _ = load_model(model)
+    loaded, tokenizer, _ = load_model(model, dtype)
     memory, name = load_policy(policy)
     texts = _texts(tokenizer, text, length, count, seed)
     if memory.budget.size is None:

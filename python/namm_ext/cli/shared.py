@@ -27,6 +27,9 @@ Policy = Annotated[
         show_default="the bundled one",
     ),
 ]
+DType = Annotated[
+    str, typer.Option(help="The language model computes in float32, bfloat16 or float16.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(help="So many CPU threads are used.", show_default="torch's choice"),
@@ -54,7 +57,7 @@ def need(*modules: str) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def load_model(name: str | None) -> tuple[Any, Any, str]:
+def load_model(name: str | None, dtype: str = "float32") -> tuple[Any, Any, str]:
     """Model, tokenizer and name; a folder wins over a name of the zoo."""
     need("transformers", "tokenizers", "safetensors")
     import transformers
@@ -74,7 +77,10 @@ def load_model(name: str | None) -> tuple[Any, Any, str]:
                 f"--model must be a folder, a GGUF file or one of {', '.join(known)}, "
                 f"got {chosen!r}"
             )
-    return zoo.load_model(chosen), zoo.load_tokenizer(chosen), name or chosen
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    model = zoo.load_model(chosen, dtype=getattr(torch, dtype))
+    return model, zoo.load_tokenizer(chosen), name or chosen
 
 
 def load_policy(name: str | None) -> tuple[NAMM, str]:
