@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from namm_ext import NAMM, NAMMConfig, zoo
+from namm_ext.baselines import KeyDiff
 from namm_ext.budget import Budget
 from namm_ext.cache import NAMMCache, cache_keyword
 from namm_ext.fitting import (
@@ -21,6 +22,7 @@ from namm_ext.fitting import (
     folder_texts,
     read_twice,
     repeated,
+    targets_of,
     training_texts,
 )
 from namm_ext.fitting.gate import fit_quality, rotation_of
@@ -269,6 +271,25 @@ def test_calibration_by_hand():
     torch.testing.assert_close(found.offsets, torch.tensor([[1.0, 2], [3, 4]]))
     assert found.layer_fraction(1, 0.5) == pytest.approx(0.75)
     assert found.layer_fraction(0, 1.0) == 1.0
+
+
+def test_scores_on_a_scale_of_their_own_are_fitted():
+    """A baseline's scores are scaled head by head, a memory's are not."""
+    target = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    found = calibration_of([target * 0.01 + 5], [target], Budget(sink_tokens=2), scaled=True)
+    torch.testing.assert_close(found.scales, torch.full((2, 3), 100.0), rtol=1e-3, atol=0)
+    assert calibration_of([target], [target]).scales.eq(1).all()
+
+
+def test_calibrated_baselines_meet_a_global_budget(bundled):
+    model, tokenizer = bundled
+    texts = training_texts(tokenizer, length=512, count=2)
+    rule = KeyDiff(Budget(128, scope="global", sink_tokens=4, recent_tokens=0.1))
+    targets = targets_of(model, texts)
+    ready = calibrate(rule, model, texts, targets=targets)
+    assert torch.equal(ready.calibration.offsets, calibrate(rule, model, texts).calibration.offsets)
+    cache, _ = _run(model, ready, texts[0].ids)
+    assert cache.report().kept_fraction == pytest.approx(0.25, abs=0.01)
 
 
 def test_floors_count_in_a_calibration():

@@ -1,7 +1,7 @@
 """Fit memories to a model: head offsets, gate and scorer, by what a second reading attends to."""
 
 from .attention import AttentionFitConfig, fit_attention
-from .calibrate import calibrate, calibrate_statistics, calibration_of
+from .calibrate import calibrate, calibrate_statistics, calibration_of, targets_of
 from .fit import Fit, FitConfig, fit
 from .gate import GateFit, fit_gate
 from .importance import IMPORTANCE_EPS, Later, LayerReading, Text, read_twice
@@ -26,5 +26,6 @@ __all__ = [
     "folder_texts",
     "read_twice",
     "repeated",
+    "targets_of",
     "training_texts",
 ]

@@ -12,6 +12,7 @@ from ..budget import Budget
 from ..cache import NAMMCache, borrow, cache_keyword
 from ..cache.families import decoder_config
 from ..policy import NAMM, Calibration, Policy, StatisticsCalibrator, UpdateContext
+from ..policy.calibration import regress
 from .importance import Text, read_twice
 
 PolicyT = TypeVar("PolicyT", bound=Policy)
@@ -41,10 +42,10 @@ class _Scores(Policy):
 
 
 @torch.inference_mode()
-def scores_of(policy: Policy, model: Any, ids: Sequence[int]) -> Tensor:
-    """``[M, H, T']`` scores after reading a text with nothing evicted.
+def scores_of(policy: Policy, model: Any, ids: Sequence[int]) -> dict[int, Tensor]:
+    """``[H, T']`` scores of each layer with a memory, after reading a text with nothing evicted.
 
-    M counts the layers with a memory; T' is the largest multiple of ``n_up`` up to ``len(ids)``.
+    T' is the largest multiple of ``n_up`` up to ``len(ids)``.
 
     Raises:
         ValueError: if the text is shorter than ``n_up`` tokens.
@@ -59,7 +60,15 @@ def scores_of(policy: Policy, model: Any, ids: Sequence[int]) -> Tensor:
         given = {cache_keyword(model.base_model): NAMMCache(model, reader)}
         tokens = torch.tensor([ids[:num_tokens]], device=model.device)
         model.base_model(tokens, **given, use_cache=True)
-    return torch.stack([reader.scores[i] for i in sorted(reader.scores)]).float().cpu()
+    return {i: reader.scores[i].float().cpu() for i in sorted(reader.scores)}
+
+
+def targets_of(model: Any, texts: Sequence[Text]) -> list[Tensor]:
+    """``[M, H, T]`` log importance in the M layers with a memory, for each text."""
+    return [
+        torch.stack([layer.target for layer in read_twice(model, text)]).float().cpu()
+        for text in texts
+    ]
 
 
 @torch.inference_mode()
@@ -93,6 +102,7 @@ def calibrate(
     model: Any,
     texts: Sequence[Text],
     *,
+    targets: Sequence[Tensor] | None = None,
     on_text: Callable[[int], None] = lambda _: None,
 ) -> PolicyT:
     """The same policy, ready for the scope "global" on a model: a minute, no training.
@@ -105,6 +115,7 @@ def calibrate(
             count as kept.
         model: a causal language model of transformers.
         texts: one or a few, at least ``n_up`` tokens long, of the lengths and kinds that matter.
+        targets: what :func:`targets_of` says of them, to calibrate several policies at less cost.
         on_text: called with the number of texts read so far.
 
     Raises:
@@ -112,29 +123,36 @@ def calibrate(
     """
     if not texts:
         raise ValueError("calibrate: texts must hold at least one text, got none")
-    scores, targets = [], []
+    scores, known = [], []
     for number, text in enumerate(texts, start=1):
-        scores.append(scores_of(policy, model, text.ids))
-        layers = read_twice(model, text)
-        target = torch.stack([layer.target for layer in layers]).float().cpu()
-        targets.append(target[..., : scores[-1].shape[2]])
+        by_layer = scores_of(policy, model, text.ids)
+        scores.append(torch.stack(list(by_layer.values())))
+        target = targets_of(model, [text])[0] if targets is None else targets[number - 1]
+        known.append(target[..., : scores[-1].shape[2]])
         on_text(number)
-    found = calibration_of(scores, targets, policy.budget)
-    index = [layer.layer_idx for layer in layers]
+    scaled = not policy.predicts_importance
+    found = calibration_of(scores, known, policy.budget, scaled=scaled)
     num_layers = decoder_config(model.config).num_hidden_layers
-    return policy.with_calibration(_for_all_layers(found, index, num_layers))
+    return policy.with_calibration(_for_all_layers(found, list(by_layer), num_layers))
 
 
-def _for_all_layers(found: Calibration, index: Sequence[int], num_layers: int) -> Calibration:
+def _for_all_layers(found: Calibration, index: list[int], num_layers: int) -> Calibration:
     """Layers without a memory (sliding windows) have rows too; nobody asks for them."""
     offsets = found.offsets.new_zeros(num_layers, found.num_kv_heads)
     shares = found.fractions.expand(num_layers, -1).clone()
-    offsets[list(index)], shares[list(index)] = found.offsets, found.layer_fractions
-    return Calibration(offsets, found.fractions, shares)
+    scales = torch.ones_like(offsets)
+    offsets[index], shares[index] = found.offsets, found.layer_fractions
+    if found.scales is not None:
+        scales[index] = found.scales
+    return Calibration(offsets, found.fractions, shares, scales)
 
 
 def calibration_of(
-    scores: Sequence[Tensor], targets: Sequence[Tensor], budget: Budget | None = None
+    scores: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    budget: Budget | None = None,
+    *,
+    scaled: bool = False,
 ) -> Calibration:
     """Offsets of the heads, and how a global cut divides every budget among the layers.
 
@@ -142,6 +160,8 @@ def calibration_of(
         scores: ``[L, H, T]`` of each text, larger for tokens that stay longer.
         targets: ``[L, H, T]`` log importance of the same tokens.
         budget: whose floors count as kept.
+        scaled: whether scores are on a scale of their own, so that they are fitted to the log
+            importance head by head (``regress``); otherwise heads get offsets alone.
 
     Example:
         >>> target = torch.tensor([[[0.0, 1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0, 7.0]]])
@@ -149,26 +169,52 @@ def calibration_of(
         >>> found.offsets.flatten().tolist(), round(found.layer_fraction(1, 0.5), 6)
         ([1.5, 5.5], 1.0)
     """
-    difference = torch.cat([t - s for s, t in zip(scores, targets, strict=True)], dim=2)
-    offsets = difference.mean(2)
-    ranked = []
-    for score in scores:
-        comparable = score + offsets[..., None]
-        sinks, recent = (budget or Budget()).floors(score.shape[2])
-        comparable[..., :sinks] = torch.inf
-        comparable[..., score.shape[2] - max(recent, 1) :] = torch.inf
-        ranked.append(comparable)
-    pooled = torch.cat(ranked, dim=2).flatten(1)  # [L, H * tokens]
-    order = pooled.flatten().sort(descending=True).values
-    total = order.numel()
+    floors = (budget or Budget()).floors
+    if scaled:
+        free = []
+        for score in scores:
+            sinks, recent = floors(score.shape[2] // 4)
+            free.append(slice(sinks, score.shape[2] - recent))
+        scales, offsets = regress(
+            [s[..., part] for s, part in zip(scores, free, strict=True)],
+            [t[..., part] for t, part in zip(targets, free, strict=True)],
+        )
+    else:
+        offsets = torch.cat([t - s for s, t in zip(scores, targets, strict=True)], dim=2).mean(2)
+        scales = torch.ones_like(offsets)
+    comparable = [scales[..., None] * score + offsets[..., None] for score in scores]
+    total = sum(score.numel() for score in scores)
     fractions, columns = [], []
     for count in sorted({max(1, round(fraction * total)) for fraction in FRACTIONS}):
-        cut = order[count - 1]
+        fraction = count / total
+        ranked = []
+        for score in comparable:
+            num_tokens = score.shape[2]
+            sinks, recent = floors(max(1, round(fraction * num_tokens)))
+            forced = score.clone()
+            forced[..., :sinks] = torch.inf
+            forced[..., num_tokens - max(recent, 1) :] = torch.inf
+            ranked.append(forced)
+        pooled = torch.cat(ranked, dim=2).flatten(1)  # [L, H * tokens]
+        cut = pooled.flatten().kthvalue(total - count + 1).values
         above, ties = pooled > cut, pooled == cut  # ties at the cut share what is left
         left = (count - int(above.sum())) / int(ties.sum())
         kept = above.double().sum(1) + left * ties.double().sum(1)
-        fractions.append(count / total)
+        fractions.append(fraction)
         columns.append((kept / pooled.shape[1]).clamp(max=1.0))
+    # With floors that grow, a layer's part could fall between two budgets by a token.
+    shares = torch.stack(columns, 1)
     return Calibration(
-        offsets, torch.tensor(fractions, dtype=torch.float64), torch.stack(columns, 1)
+        offsets, torch.tensor(fractions, dtype=torch.float64), _rising(shares), scales
     )
+
+
+def _rising(shares: Tensor) -> Tensor:
+    """The same ``[L, Q]`` where no row ever falls and columns have the means they had."""
+    columns = [shares[:, -1]]
+    for column in reversed(shares[:, :-1].unbind(1)):
+        most, mean = columns[-1], column.mean()
+        column = column.minimum(most)
+        room = most - column
+        columns.append(column + room * ((mean - column.mean()) / room.mean().clamp(min=1e-12)))
+    return torch.stack(columns[::-1], 1)

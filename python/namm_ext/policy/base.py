@@ -73,6 +73,8 @@ class Policy:
         budget: how much stays; no limit by default.
         calibration: what makes layers and heads comparable, for one model; None for none.
         min_recent: newest tokens that stay whatever the budget says, as far as there is room.
+        predicts_importance: whether scores are meant as log importance, so that a calibration adds
+            offsets to them and does not scale them.
         two_passes: whether :meth:`for_context` reads a context before the memory does.
     """
 
@@ -82,6 +84,7 @@ class Policy:
     budget: Budget = Budget()
     calibration: Calibration | None = None
     min_recent: int = 0
+    predicts_importance: bool = False
     two_passes: bool = False
 
     # Deciding ----------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ class NAMM(Policy):
         torch.Size([25, 96])
     """
 
+    predicts_importance = True
+
     def __init__(
         self,
         config: NAMMConfig,
