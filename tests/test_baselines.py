@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,31 +348,26 @@ def test_global_scope_follows_the_calibration(model, rule):
 
 
 class Words:
-    """A tokenizer whose chat begins with tokens 2 3 and goes on with 5 6 after the user."""
+    """A tokenizer whose chat begins with 2 3 and goes on with 5 6 after the user."""
 
-    chat_template = "yes"
+    chat_template, is_fast = "yes", True
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        assert not tokenize
-        assert add_generation_prompt
-        return f"23{messages[0]['content']}56"
+        return "".join(f"23{message['content']}56" for message in messages)
 
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [ord(c) % 7 for c in text]
+    def __call__(self, text, add_special_tokens):
+        return SimpleNamespace(input_ids=[ord(c) % 7 for c in text])
 
 
 @pytest.fixture(scope="module")
 def weights(model):
     """What KVzip ranks by, from the probabilities of an eager second reading: [L, H, T]."""
-    words = Words()
     opening, ask = (
-        words.encode(t, add_special_tokens=False) for t in ("23", by_repetition.REPEAT + "56")
+        Words()(text, add_special_tokens=False).input_ids
+        for text in ("23", "\n\nRepeat the previous context exactly.56")
     )
     context = torch.cat([torch.tensor([opening]), tokens(1, LENGTH, seed=5)], 1)
     ids = torch.cat([context, torch.tensor([ask]), context[:, len(opening) :]], 1)
-    # Periods are filled with the last token.
-    ids = torch.cat([ids, ids[:, -1:].expand(1, -ids.shape[1] % 128)], 1)
     eager = build(FAMILIES["llama"](), torch.float64)
     eager.set_attn_implementation("eager")
     with torch.no_grad():

@@ -10,76 +10,9 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, whole_tokens
-from ..policy import Policy, UpdateContext
+from ..policy import UpdateContext
 from ..policy.base import Room
 from ._base import Baseline
-
-#: What asks a model to read its context again.
-REPEAT = "\n\nRepeat the previous context exactly."
-#: Tokens between two looks at the attention; bounds memory, changes nothing.
-_PERIOD = 128
-
-
-class _SecondReading(Policy):
-    """Evicts nothing; the state is the largest weight from any query at ``first`` or later."""
-
-    num_state = 1
-    n_up = _PERIOD
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
-        """The state, with this period's attention."""
-        store, window = ctx.segments, ctx.window
-        state = store.state.clone()
-        start = self.first - int(window.pos_q[0])
-        if start < window.q.shape[2]:
-            q, lse = window.q[0, :, max(start, 0) :], window.lse[0, :, max(start, 0) :, None]
-            groups = q.shape[0] // ctx.num_kv_heads
-            for h, rows in enumerate(store.slices()):
-                mine = slice(h * groups, (h + 1) * groups)
-                k = store.k[rows][: self.first].to(state.dtype)
-                logits = q[mine].to(state.dtype) @ k.T * ctx.softmax_scale
-                weights = (logits - lse[mine]).exp().amax((0, 1))
-                best = state[rows, 0][: self.first]
-                torch.maximum(best, weights, out=best)
-        return state[:, 0], state
-
-
-@torch.inference_mode()
-def weights_when_repeating(
-    model: Any, ids: Sequence[int], ask: Sequence[int], first: int = 0
-) -> dict[int, Tensor]:
-    """The largest softmax weight that each token gets while the model reads its context again.
-
-    Args:
-        model: a causal language model of transformers.
-        ids: the context, T tokens.
-        ask: what follows it and asks for the repetition.
-        first: tokens at the start of the context that are not repeated.
-
-    Returns:
-        ``[H, T]`` for each layer with a memory, on the device of the model.
-    """
-    from ..cache import NAMMCache, borrow, cache_keyword
-
-    again = [*ask, *ids[first:]]
-    # Attention is looked at after whole periods: the last token comes again until one is full.
-    again += again[-1:] * (-(len(ids) + len(again)) % _PERIOD)
-    with borrow(model):
-        cache = NAMMCache(model, _SecondReading(len(ids)))
-        given = {cache_keyword(model.base_model): cache}
-        for part in (ids, again):
-            model.base_model(torch.tensor([part], device=model.device), **given, use_cache=True)
-    weights = {}
-    for layer in cache.memory_layers:
-        assert layer.kv is not None
-        store = layer.kv.store.segments
-        weights[layer.layer_idx] = torch.stack(
-            [store.state[rows, 0][: len(ids)] for rows in store.slices()]
-        )
-    return weights
 
 
 class KVzip(Baseline):
@@ -115,20 +48,10 @@ class KVzip(Baseline):
 
     def for_context(self, model: Any, tokenizer: Any, ids: Sequence[int]) -> KVzip:
         """The rule for one context, which the model reads twice; what opens a chat once."""
-        head, tail = "", "\n\n"
-        if tokenizer.chat_template:
-            mark = "\u27e6context\u27e7"
-            message = [{"role": "user", "content": mark}]
-            chat = tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True
-            )
-            head, tail = chat.split(mark)
-        opening, ask = (
-            tokenizer.encode(text, add_special_tokens=False) for text in (head, REPEAT + tail)
-        )
-        opens = list(ids[: len(opening)]) == opening
-        first = len(opening) if opens else 0
-        return self.with_weights(weights_when_repeating(model, ids, ask, first))
+        from ..fitting import read_twice, repeated
+
+        readings = read_twice(model, repeated(tokenizer, ids))
+        return self.with_weights({layer.layer_idx: layer.importance for layer in readings})
 
     def with_weights(self, weights: Mapping[int, Tensor]) -> KVzip:
         """The rule for a context whose weights are known.
