@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...library import Library
@@ -138,11 +139,11 @@ FACT_FAMILIES = (
         "instrument",
         (
             "{who} practices the {what} every evening.",
-            "Neighbors often hear {who} play the {what}.",
+            "Neighbors often hear the {what} of {who}.",
             "{who} got a {what} as a present and took lessons.",
         ),
-        "Which musical instrument is {who} learning?",
-        "The instrument that {who} is learning is the",
+        "Which musical instrument does {who} play?",
+        "{who} plays the",
         "instrument",
     ),
 )
@@ -161,9 +162,11 @@ def multi_turn(rng: random.Random, library: Library) -> Draft:
 
 
 def unseen_family(rng: random.Random, library: Library) -> Draft:
-    """Four facts of the family that is never trained on."""
-    family = next(family for family in FACT_FAMILIES if family.name == HELD_OUT_FAMILY)
-    return _draft(rng, library, [family] * 4, turns=False)
+    """Two facts of the family that is never trained on, among two of others; the two are asked."""
+    known = [family for family in FACT_FAMILIES if family.name != HELD_OUT_FAMILY]
+    unseen = next(family for family in FACT_FAMILIES if family.name == HELD_OUT_FAMILY)
+    families = [unseen, *rng.sample(known, 2), unseen]
+    return _draft(rng, library, families, turns=False, asked=(unseen,))
 
 
 def overwritten(rng: random.Random, library: Library) -> Draft:
@@ -191,10 +194,16 @@ def overwritten(rng: random.Random, library: Library) -> Draft:
 
 def _paraphrases(rng: random.Random, library: Library, *, count: int, turns: bool) -> Draft:
     known = [family for family in FACT_FAMILIES if family.name != HELD_OUT_FAMILY]
-    return _draft(rng, library, rng.sample(known, count), turns)
+    return _draft(rng, library, rng.sample(known, count), turns, asked=known)
 
 
-def _draft(rng: random.Random, library: Library, families: list[FactFamily], turns: bool) -> Draft:
+def _draft(
+    rng: random.Random,
+    library: Library,
+    families: Sequence[FactFamily],
+    turns: bool,
+    asked: Sequence[FactFamily],
+) -> Draft:
     who_of = {
         "people": people(rng, library.split, len(families)),
         "things": things(rng, library.split, len(families)),
@@ -206,6 +215,9 @@ def _draft(rng: random.Random, library: Library, families: list[FactFamily], tur
     for i, family in enumerate(families):
         who, what = who_of[family.about][i], values[family.name].pop()
         facts.append(rng.choice(family.statements).format(who=who, what=what))
-        asks.append(Ask(family.question.format(who=who), family.prefix.format(who=who), what, i))
+        if family in asked:
+            asks.append(
+                Ask(family.question.format(who=who), family.prefix.format(who=who), what, i)
+            )
     rng.shuffle(asks)
     return Draft(_INTRO, tuple(facts), tuple(asks), filler.prose(rng, library), turns=turns)

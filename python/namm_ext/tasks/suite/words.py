@@ -55,7 +55,7 @@ _LISTS = {
         yogurt""",
     "color": """black blue brown crimson gold gray green maroon orange pink purple red silver
         turquoise violet white yellow beige""",
-    "instrument": """accordion bagpipes banjo bassoon cello clarinet drums flute guitar harmonica
+    "instrument": """accordion bandoneon banjo bassoon cello clarinet drum flute guitar harmonica
         harp horn lute mandolin oboe organ piano saxophone tambourine trombone trumpet tuba
         ukulele viola violin xylophone""",
     "tool": """axe chisel crowbar drill file hammer hatchet ladder lathe mallet pickaxe plane
