@@ -18,6 +18,9 @@ from .shared import DType, Policy, Threads, load_model, load_policy, make_consol
 if TYPE_CHECKING:
     from ..fitting import Text
 
+#: Subfolder of the memory without its scorer.
+GATE_ALONE = "gate-alone"
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -67,6 +70,8 @@ def fit(
     with _progress(console) as on_step:
         found = fit(loaded, texts, config, on_step=on_step)
     found.policy.save_pretrained(output)
+    if scorer != "none":
+        found.gate_alone.save_pretrained(output / GATE_ALONE)
     report = {
         "model": name,
         "dtype": dtype,
@@ -81,7 +86,8 @@ def fit(
         f"of log importance, {gate.r2_within:.0%} within a head, and finds {gate.recall:.0%} of "
         "the most important quarter."
     )
-    console.print(f"Saved in [bold]{output}[/], figures in fit.json.")
+    also = "" if scorer == "none" else f", without its scorer in {GATE_ALONE}"
+    console.print(f"Saved in [bold]{output}[/]{also}, figures in fit.json.")
 
 
 def calibrate(

@@ -51,11 +51,13 @@ class Fit:
 
     Attributes:
         policy: the memory.
+        gate_alone: the same without its scorer, calibrated for itself.
         gate: how good its gate is on texts it was not fitted to.
         losses: mean squared error of the scorer's last steps, one for each round.
     """
 
     policy: NAMM
+    gate_alone: NAMM
     gate: GateFit
     losses: tuple[float, ...]
 
@@ -101,7 +103,7 @@ def fit(
         on_text=lambda n: on_step("calibration", n / len(calibration)),
     )  # fmt: skip
     if config.namm.scorer == "none":
-        return Fit(gate_alone, found, ())
+        return Fit(gate_alone, gate_alone, found, ())
     losses = [math.nan] * config.attention.rounds
     chosen = texts[: config.attention_texts]
 
@@ -122,4 +124,4 @@ def fit(
         policy, model, calibration,
         on_text=lambda n: on_step("calibration", n / len(calibration)),
     )  # fmt: skip
-    return Fit(policy, found, tuple(losses))
+    return Fit(policy, gate_alone, found, tuple(losses))
