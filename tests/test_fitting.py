@@ -320,6 +320,21 @@ def test_fit_of_a_bundled_model_needs_no_code(bundled, tmp_path):
     assert cache.report().kept_fraction == pytest.approx(0.25, abs=0.01)
 
 
+def test_a_fit_without_a_gate_is_the_universal_part(bundled):
+    model, tokenizer = bundled
+    texts = training_texts(tokenizer, length=512, count=2)
+    config = FitConfig(
+        namm=NAMMConfig(n_up=64, scorer="mlp"), gate=False, calibration_texts=1,
+        attention=AttentionFitConfig(rounds=1, steps=50, batch_size=4), attention_texts=2,
+    )  # fmt: skip
+    found = fit(model, texts, config)
+    assert found.policy.gate is found.gate is found.gate_alone is None
+    assert found.policy.params.any()
+    assert found.report()["gate"] is None
+    with pytest.raises(ValueError, match="gate must be True"):
+        FitConfig(namm=NAMMConfig(scorer="none"), gate=False)
+
+
 def test_calibrate_makes_a_memory_of_one_model_ready_for_another(bundled):
     model, tokenizer = bundled
     texts = training_texts(tokenizer, length=256, count=2)

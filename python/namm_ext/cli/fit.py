@@ -50,6 +50,10 @@ def fit(
         str,
         typer.Option(help="The attention is scored by bam or mlp, or not at all: none."),
     ] = "bam",
+    gate: Annotated[
+        bool,
+        typer.Option(help="There is a gate, or the memory is the part that carries over alone."),
+    ] = True,
     seed: Seed = 0,
     dtype: DType = "float32",
     threads: Threads = None,
@@ -65,12 +69,13 @@ def fit(
     config = replace(
         config,
         namm=config.namm.replace(scorer=scorer),
+        gate=gate,
         attention=replace(config.attention, seed=seed),
     )
     with _progress(console) as on_step:
         found = fit(loaded, texts, config, on_step=on_step)
     found.policy.save_pretrained(output)
-    if scorer != "none":
+    if found.gate_alone is not None:
         found.gate_alone.save_pretrained(output / GATE_ALONE)
     report = {
         "model": name,
@@ -80,13 +85,13 @@ def fit(
         **found.report(),
     }
     (output / "fit.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    gate = found.gate
-    console.print(
-        f"On {gate.num_held_out} texts held out, the gate explains {gate.r2:.0%} of the variance "
-        f"of log importance, {gate.r2_within:.0%} within a head, and finds {gate.recall:.0%} of "
-        "the most important quarter."
-    )
-    also = "" if scorer == "none" else f", without its scorer in {GATE_ALONE}"
+    if found.gate is not None:
+        console.print(
+            f"On {found.gate.num_held_out} texts held out, the gate explains {found.gate.r2:.0%} "
+            f"of the variance of log importance, {found.gate.r2_within:.0%} within a head, and "
+            f"finds {found.gate.recall:.0%} of the most important quarter."
+        )
+    also = "" if found.gate_alone is None else f", without its scorer in {GATE_ALONE}"
     console.print(f"Saved in [bold]{output}[/]{also}, figures in fit.json.")
 
 

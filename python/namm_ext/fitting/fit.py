@@ -22,6 +22,7 @@ class FitConfig:
 
     Attributes:
         namm: how it scores; the scorer "none" leaves the gate alone.
+        gate: whether there is a gate; without one the memory is the universal part alone.
         budget: its budget.
         penalty: of the gate's ridge regression.
         attention: how the scorer is fitted.
@@ -32,6 +33,7 @@ class FitConfig:
     namm: NAMMConfig = field(
         default_factory=lambda: NAMMConfig(n_up=64, ema_coeff=0.999, feature_transform="log")
     )
+    gate: bool = True
     budget: Budget = field(
         default_factory=lambda: Budget(0.25, scope="global", sink_tokens=4, recent_tokens=32)
     )
@@ -39,6 +41,10 @@ class FitConfig:
     attention: AttentionFitConfig = field(default_factory=AttentionFitConfig)
     attention_texts: int = 16
     calibration_texts: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.gate and self.namm.scorer == "none":
+            raise ValueError("FitConfig: gate must be True with scorer 'none', got False")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -51,19 +57,20 @@ class Fit:
 
     Attributes:
         policy: the memory.
-        gate_alone: the same without its scorer, calibrated for itself.
-        gate: how good its gate is on texts it was not fitted to.
+        gate_alone: the same without its scorer, calibrated for itself; None if it has no scorer
+            or no gate.
+        gate: how good its gate is on texts it was not fitted to; None if there is none.
         losses: mean squared error of the scorer's last steps, one for each round.
     """
 
     policy: NAMM
-    gate_alone: NAMM
-    gate: GateFit
+    gate_alone: NAMM | None
+    gate: GateFit | None
     losses: tuple[float, ...]
 
     def report(self) -> dict[str, Any]:
         """Figures as JSON has them."""
-        values = {k: v for k, v in vars(self.gate).items() if k != "gate"}
+        values = {k: v for k, v in vars(self.gate).items() if k != "gate"} if self.gate else None
         return {"gate": values, "scorer_losses": list(self.losses)}
 
 
@@ -92,18 +99,28 @@ def fit(
             fit(model, texts).policy.save_pretrained("memory")
     """
     config = FitConfig() if config is None else config
-    found = fit_gate(
-        model, texts, penalty=config.penalty,
-        on_text=lambda n: on_step("gate", n / len(texts)),
-    )  # fmt: skip
+    found = None
+    if config.gate:
+        found = fit_gate(
+            model, texts, penalty=config.penalty,
+            on_text=lambda n: on_step("gate", n / len(texts)),
+        )  # fmt: skip
     calibration = texts[-config.calibration_texts :]
-    gate_alone = NAMM(config.namm.replace(scorer="none"), budget=config.budget, gate=found.gate)
-    gate_alone = calibrate(
-        gate_alone, model, calibration,
-        on_text=lambda n: on_step("calibration", n / len(calibration)),
-    )  # fmt: skip
+
+    def calibrated(policy: NAMM) -> NAMM:
+        return calibrate(
+            policy, model, calibration,
+            on_text=lambda n: on_step("calibration", n / len(calibration)),
+        )  # fmt: skip
+
+    # What the scorer is fitted under: the gate alone, or offsets alone.
+    start = NAMM(config.namm, budget=config.budget)
+    if found is not None:
+        alone = config.namm.replace(scorer="none")
+        start = NAMM(alone, budget=config.budget, gate=found.gate)
+    start = calibrated(start)
     if config.namm.scorer == "none":
-        return Fit(gate_alone, gate_alone, found, ())
+        return Fit(start, None, found, ())
     losses = [math.nan] * config.attention.rounds
     chosen = texts[: config.attention_texts]
 
@@ -113,15 +130,11 @@ def fit(
 
     policy = fit_attention(
         NAMM(
-            config.namm, budget=config.budget, gate=found.gate,
-            calibration=gate_alone.calibration,
+            config.namm, budget=config.budget, gate=start.gate, calibration=start.calibration
         ),
         model, chosen, config.attention,
         on_text=lambda r, n: on_step(f"reading, round {r}", n / len(chosen)),
         on_step=scorer_step,
     )  # fmt: skip
-    policy = calibrate(
-        policy, model, calibration,
-        on_text=lambda n: on_step("calibration", n / len(calibration)),
-    )  # fmt: skip
-    return Fit(policy, gate_alone, found, tuple(losses))
+    gate_alone = None if found is None else start
+    return Fit(calibrated(policy), gate_alone, found, tuple(losses))
