@@ -25,7 +25,7 @@ from namm_ext.fitting import (
     targets_of,
     training_texts,
 )
-from namm_ext.fitting.gate import fit_quality, rotation_of
+from namm_ext.fitting.gate import fit_quality
 from namm_ext.fitting.ridge import Ridge
 from namm_ext.policy import Gate
 from namm_ext.reference import gate_inputs
@@ -110,30 +110,6 @@ def test_ridge_is_least_squares():
     assert smaller.norm() < weight.norm()
     with pytest.raises(ValueError, match="at least two rows"):
         Ridge(1, 1).solve(0.0)
-
-
-@pytest.mark.parametrize(
-    ("config", "rotation"),
-    [
-        (transformers.LlamaConfig, (8, False)),
-        (transformers.CohereConfig, (8, True)),
-    ],
-)
-def test_rotation_is_measured(config, rotation):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-            num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
-    assert rotation_of(model) == rotation
-
-
-def test_a_model_without_rope_has_no_rotation():
-    config = transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    assert rotation_of(transformers.GPT2LMHeadModel(config).eval()) == (0, False)
 
 
 def test_gate_is_the_ridge_of_its_inputs():

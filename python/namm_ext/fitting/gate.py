@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..baselines import NeverEvict
-from ..cache import NAMMCache, borrow, cache_keyword
 from ..cache.families import decoder_config
 from ..policy import Gate
+from ..rotation import rotation_of
 from .importance import LayerReading, Text, read_twice
 from .ridge import Ridge
 
@@ -71,7 +70,8 @@ def fit_gate(
             f"fit_gate: held_out must be at least 1 and below the number of texts, {len(texts)}, "
             f"got {held_out}"
         )
-    rotary_dim, interleaved = rotation_of(model)
+    rotation = rotation_of(model)
+    rotary_dim, interleaved = 2 * len(rotation.frequencies), rotation.interleaved
 
     def inputs(layer: LayerReading) -> Tensor:
         k, v = layer.k.transpose(0, 1).float(), layer.v.transpose(0, 1).float()
@@ -125,34 +125,3 @@ def fit_quality(guesses: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[f
         best[t.flatten().topk(count).indices] = True
         found.append(float(best[g.flatten().topk(count).indices].float().mean()))
     return r2, within, sum(found) / len(found)
-
-
-@torch.inference_mode()
-def rotation_of(model: Any) -> tuple[int, bool]:
-    """How RoPE turns a model's keys: rotary dimensions, and whether pairs are neighbours.
-
-    The dimensions are the configuration's. The pairs are measured: one token again and again has
-    the same key in the first layer but for its rotation, so the lengths of true pairs do not
-    change.
-    """
-    config = decoder_config(model.config)
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return 0, False
-    if not all(isinstance(value, (int, float, str, list, type(None))) for value in rope.values()):
-        rope = rope.get("full_attention", next(iter(rope.values())))  # one for each kind of layer
-    with borrow(model):
-        cache = NAMMCache(model, NeverEvict(n_up=32))
-        ids = torch.full((1, 31), config.vocab_size // 2, device=model.device)
-        model.base_model(ids, **{cache_keyword(model.base_model): cache}, use_cache=True)
-    store = cache.memory_layers[0].kv
-    assert store is not None
-    segments = store.store.segments
-    keys = segments.k[segments.slices()[0]].float()
-    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0)) or 1.0
-    rotary_dim = int(keys.shape[1] * factor) // 2 * 2
-    turned = keys[:, :rotary_dim]
-    half_split = turned.unflatten(1, (2, -1)).norm(dim=1)
-    neighbours = turned.unflatten(1, (-1, 2)).norm(dim=2)
-    unrest = [float((m.std(0) / m.mean(0)).mean()) for m in (half_split, neighbours)]
-    return rotary_dim, unrest[1] < unrest[0]
