@@ -3,187 +3,236 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .. import __version__
 from ..policy import NAMM
 from ..tasks import IN_USE, RecordMix
-from .shared import Json, Keep, Model, Threads, load_model, load_policy, make_console, set_threads
+from .shared import Json, Model, Threads, load_model, load_policy, make_console, set_threads
+
+if TYPE_CHECKING:
+    from ..measure import Method, Workload
 
 
 def compare(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="This memory is compared. The option may be repeated.",
+            help="A memory, as in demo. The option may be repeated.",
             show_default="the bundled one",
         ),
     ] = None,
-    baseline: Annotated[
+    method: Annotated[
         list[str] | None,
-        typer.Option(
-            help="This baseline is compared. The option may be repeated.", show_default="all"
-        ),
+        typer.Option(help="A baseline. The option may be repeated.", show_default="all"),
     ] = None,
     model: Model = None,
     length: Annotated[
         list[int] | None,
-        typer.Option(help="A context has so many tokens. The option may be repeated."),
-    ] = None,
-    family: Annotated[
-        list[str] | None,
         typer.Option(
-            help="This task family is asked for. The option may be repeated.", show_default="all"
+            help="Each context has so many tokens. The option may be repeated.",
+            show_default="1024",
         ),
     ] = None,
-    examples: Annotated[int, typer.Option(help="A family has so many contexts.", min=1)] = 6,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="A head may keep this share of a context's tokens, on average. The option may be "
+            "repeated.",
+            show_default="0.25",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task. The option may be repeated.", show_default="all"),
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(
+            help="Each task has at least so many questions. For models that chat.",
+            show_default="24",
+            min=1,
+        ),
+    ] = None,
+    question_visible: Annotated[
+        bool,
+        typer.Option(
+            "--question-visible",
+            help="The memory reads the question with the context. For models that chat.",
+        ),
+    ] = False,
+    examples: Annotated[
+        int, typer.Option(help="Each task has so many contexts with hidden records.", min=1)
+    ] = 6,
     records: Annotated[
-        int, typer.Option(help="So many records are asked for in a context.", min=1)
+        int, typer.Option(help="So many records are asked for.", min=1)
     ] = IN_USE.num_records,
     mentions: Annotated[
-        int, typer.Option(help="So many lines state each of these records.", min=1)
+        int, typer.Option(help="So many lines state each of them.", min=1)
     ] = IN_USE.mentions,
     idle: Annotated[
         int, typer.Option(help="So many records per 1,024 tokens are never asked for.", min=0)
     ] = IN_USE.idle_per_1024,
     windows: Annotated[
-        int, typer.Option(help="So many windows of source code are read.", min=1)
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="So many windows of each kind of text are read.",
+            show_default="4, of source code alone 8",
+            min=0,
+        ),
+    ] = None,
     split: Annotated[
-        str, typer.Option(help="The documents are those of test or of validation.")
+        str, typer.Option(help="These documents are read: test or validation.")
     ] = "test",
-    keep: Keep = 0.25,
     layer_share: Annotated[
         list[float] | None,
         typer.Option(
-            help="A layer gets this part of the budget, with mean 1. The option is given once "
+            help="The part of the budget that a layer gets, with mean 1. The option is given once "
             "per layer and holds for all memories.",
             show_default="the memory's",
         ),
     ] = None,
     repeats: Annotated[
-        int, typer.Option(help="Times are measured so often. With 0 they are left out.", min=0)
+        int, typer.Option(help="Times are measured so often. 0 leaves them out.", min=0)
     ] = 3,
     tune: Annotated[
         bool,
         typer.Option(
-            "--tune", help="The baselines are tuned on validation data, and only that is printed."
+            "--tune",
+            help="The baselines are tuned on validation data, and only what is found is printed.",
         ),
     ] = False,
     json_file: Json = None,
     threads: Threads = None,
 ) -> None:
-    """Compare memories and baselines on tasks and source code, in one table."""
+    """Compare memories and baselines on tasks and text. A run that was stopped goes on.
+
+    A model that chats answers questions about contexts it has read. Another one looks up records
+    that are hidden in source code.
+    """
     set_threads(threads)
     loaded, tokenizer, model_name = load_model(model)
-    from .. import compare as side_by_side
-    from ..demo import DemoConfig, machine, run_comparison
-    from ..tables import comparison_table, legend
+    from .. import measure
+    from ..measure import tables
+    from ..measure.progress import progress
 
+    chats = bool(tokenizer.chat_template)
+    if not chats and (questions is not None or question_visible):
+        raise ValueError(
+            f"--questions and --question-visible need a model that chats, {model_name} does not"
+        )
     mix = RecordMix(records, mentions, idle)
     console = make_console()
-    memories = [load_policy(name) for name in policy] if policy else [load_policy(None)]
-    if layer_share:
-        shares = tuple(layer_share)
-        memories = [(m.with_budget(layer_shares=shares), name) for m, name in memories]
-    if tune:
-        _tune(
-            loaded,
-            tokenizer,
-            memories[0][0],
-            keep,
-            (length or [1024])[0],
-            examples,
-            mix,
-            console,
-        )
-        return
-    names = ["NAMM"] if len(memories) == 1 else [Path(name).name[-12:] for _, name in memories]
-    if len(set(names)) < len(names):
-        names = [f"NAMM {i + 1}" for i in range(len(memories))]
-    methods = [
-        side_by_side.full_method(),
-        *(side_by_side.Method(n, m) for (m, _), n in zip(memories, names, strict=True)),
-        *(
-            side_by_side.Method(name, side_by_side.tuned_baseline(name, memories[0][0]))
-            for name in (side_by_side.TUNED if baseline is None else baseline)
-        ),
-    ]
-    workloads = [
-        side_by_side.Workload.make(
+    memories = _memories(policy, model_name, layer_share)
+    keeps = keep or [0.25]
+    lengths = length or [1024]
+    num_windows = windows if windows is not None else 4 if chats else 8
+
+    def workload(split: str, tokens: int, num_windows: int) -> Workload:
+        if chats:
+            return measure.ReadingWorkload.make(
+                tokenizer,
+                split,
+                length=tokens,
+                **({"names": task} if task else {}),
+                questions=24 if questions is None else questions,
+                num_windows=num_windows,
+                question_visible=question_visible,
+            )
+        return measure.RecordWorkload.make(
             tokenizer,
             split,
             length=tokens,
-            families=family or side_by_side.FAMILIES,
-            examples_per_family=examples,
+            **({"names": task} if task else {}),
+            examples_per_task=examples,
             mix=mix,
-            num_windows=windows,
+            num_windows=num_windows,
         )
-        for tokens in length or [1024]
-    ]
-    config = DemoConfig(keep_fraction=keep, repeats=repeats)
-    rows: list[side_by_side.Row] = []
+
+    if tune:
+        first = next(iter(memories.values()))
+        _tune(loaded, workload("validation", lengths[0], 0), first, keeps[0], method, console)
+        return
+    methods = _methods(model_name, memories, method)
+    settings: dict[str, Any] = {
+        "model": model_name,
+        "split": split,
+        "tasks": task or "all",
+        "num_windows": num_windows,
+        "timing": asdict(measure.Timing(repeats=repeats)),
+    }
+    if chats:
+        settings |= {"questions": questions or 24, "question_visible": question_visible}
+    else:
+        settings |= {"examples": examples, "mix": asdict(mix)}
+    results = measure.Results(settings, json_file)
+    workloads = [workload(split, tokens, num_windows) for tokens in lengths]
+    steps = measure.plan(
+        loaded, methods, workloads, keeps, results, measure.Timing(repeats=repeats)
+    )
     try:
-        run_comparison(loaded, methods, workloads, config, console, rows)
+        with progress(console, len(steps)) as show:
+            measure.compare(loaded, steps, results, show)
     finally:
-        if any(row.exact_match for row in rows):
-            console.print(comparison_table(rows, keep, console.width))
+        if any(row.tasks for row in results.rows):
+            console.print(tables.answers_table(results))
+            console.print(tables.costs_table(results))
+            n_up = next(iter(memories.values())).n_up
+            console.print(tables.legend(n_up, None if chats else mix, question_visible))
             console.print()
-            console.print(legend(memories[0][0].config.n_up, mix))
-    if json_file is not None:
-        values = {
-            "namm_ext": __version__,
-            "model": model_name,
-            "policies": dict(zip(names, (name for _, name in memories), strict=True)),
-            "settings": {
-                "split": split,
-                "keep_fraction": keep,
-                "examples_per_family": examples,
-                "mix": asdict(mix),
-                "num_windows": windows,
-            },
-            "rows": [row.to_dict() for row in rows],
-            "machine": machine(),
-        }
-        json_file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            console.print(tables.verdict(results))
+
+
+def _memories(
+    names: Sequence[str] | None, model: str, layer_share: list[float] | None
+) -> dict[str, NAMM]:
+    """Memories under the names that the table shows."""
+    loaded = [load_policy(name, model) for name in names or (None,)]
+    shown = ["NAMM"] if len(loaded) == 1 else [f"NAMM {Path(n).name[-12:]}" for _, n in loaded]
+    if len(set(shown)) < len(shown):
+        shown = [f"NAMM {i + 1}" for i in range(len(shown))]
+    memories = [memory for memory, _ in loaded]
+    if layer_share:
+        memories = [m.with_budget(layer_shares=tuple(layer_share)) for m in memories]
+    return dict(zip(shown, memories, strict=True))
+
+
+def _methods(model: str, memories: dict[str, NAMM], rules: list[str] | None) -> list[Method]:
+    from .. import measure
+
+    first = next(iter(memories.values()))
+    return [
+        measure.full_method(),
+        *(measure.Method(name, memory) for name, memory in memories.items()),
+        *measure.baseline_methods(model, first, rules),
+    ]
 
 
 def _tune(
     model: Any,
-    tokenizer: Any,
+    workload: Workload,
     memory: NAMM,
     keep: float,
-    length: int,
-    examples: int,
-    mix: RecordMix,
+    rules: list[str] | None,
     console: Console,
 ) -> None:
-    from ..compare import Workload, tune_baselines
-    from ..tasks import EVOLUTION_FAMILIES
+    from .. import measure
 
-    workload = Workload.make(
-        tokenizer,
-        "validation",
-        length=length,
-        families=EVOLUTION_FAMILIES,
-        examples_per_family=examples,
-        mix=mix,
-        num_windows=1,
-    )
-    found = tune_baselines(
+    found = measure.tune(
         model,
-        workload.examples,
+        workload,
+        rules=tuple(rules or measure.RULES),
         n_up=memory.n_up,
-        keep_fraction=keep,
+        keep=keep,
         layer_shares=memory.budget.layer_shares,
         on_trial=lambda rule, value: console.print(
             f"{value:6.1%}  {rule}", style="dim", highlight=False
         ),
     )
-    for rule in found.values():
-        console.print(rule, highlight=False)
+    content = {name: measure.rule_to_dict(rule) for name, rule in found.items()}
+    console.print(json.dumps(content, indent=1), highlight=False)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from .. import __version__
 from .shared import (
     Json,
-    Model,
     Policy,
     Threads,
     load_model,
@@ -22,10 +22,12 @@ from .shared import (
     set_threads,
 )
 
+REAL_MODEL = "smollm2-135m"
+
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Less is read, and all is done in a minute.")
+        bool, typer.Option("--quick", help="Less is read, and all is done in two minutes.")
     ] = False,
     json_file: Json = None,
     output: Annotated[
@@ -34,43 +36,62 @@ def demo(
             help="The evolved memory is kept in this folder.", show_default="runs/demo-TIME"
         ),
     ] = None,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The language model: a name of the zoo, a folder of transformers or a GGUF file.",
+            show_default=f"{REAL_MODEL} if it is installed, else the bundled one",
+        ),
+    ] = None,
     policy: Policy = None,
     seconds: Annotated[
         float | None,
         typer.Option(
-            help="The evolution goes on for so many seconds.", show_default="60, quick 10"
+            help="The evolution goes on for so many seconds.", show_default="30, quick 10"
         ),
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Read held-out tasks and source code with every memory, then evolve one before your eyes."""
+    """Let a model answer from a quarter of its cache, compare memories, and evolve a new one."""
     need("cma")
     set_threads(threads)
-    loaded, tokenizer, model_name = load_model(model)
-    memory, policy_name = load_policy(policy)
-    from ..demo import QUICK, DemoConfig, run_demo
+    console = make_console()
+    loaded, tokenizer, model_name = _load(model, console)
+    memory, policy_name = load_policy(policy, model_name)
+    from ..demo import QUICK, DemoConfig, Subject, run_demo
 
     config = QUICK if quick else DemoConfig()
     if seconds is not None:
-        config = replace(config, evolve_seconds=seconds)
+        config = replace(config, evolution=replace(config.evolution, seconds=seconds))
     if output is None:
         output = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    console = make_console()
     parameters = sum(p.numel() for p in loaded.parameters())
     console.print(
         f"[bold]namm_ext {__version__}[/]  model [bold]{model_name}[/] ({parameters / 1e6:.1f} M "
         f"parameters)  memory [bold]{policy_name}[/] ({memory.config.num_params} parameters)\n"
     )
     result = run_demo(
-        loaded,
-        tokenizer,
-        memory,
+        Subject(loaded, tokenizer, model_name, memory, policy_name),
         config,
         console=console,
         output_dir=output,
         json_path=json_file,
-        names=(model_name, policy_name),
     )
     if result["interrupted"]:
         raise typer.Exit(130)
+
+
+def _load(name: str | None, console: Console) -> tuple[Any, Any, str]:
+    """The model that was asked for; otherwise the real one, or the bundled one in its place."""
+    if name is not None:
+        return load_model(name)
+    try:
+        return load_model(REAL_MODEL)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):  # of an extra: nothing would work
+            raise
+        console.print(
+            f"[yellow]{REAL_MODEL} is not installed (make real-model does it), so the bundled "
+            "model of 1 M parameters takes its place.[/]"
+        )
+    return load_model(None)

@@ -83,15 +83,13 @@ def load_model(name: str | None, dtype: str = "float32") -> tuple[Any, Any, str]
     return model, zoo.load_tokenizer(chosen), name or chosen
 
 
-def load_policy(name: str | None) -> tuple[NAMM, str]:
-    """A memory and its name."""
+def load_policy(name: str | None, model: str = "") -> tuple[NAMM, str]:
+    """A memory and its name; without one, the bundled memory of the model or the default one."""
+    from .. import zoo
     from ..policy import NAMM, bundled_policies
 
     if name is None:
-        names = bundled_policies()
-        if not names:
-            raise FileNotFoundError("--policy: no policy is bundled, name a folder")
-        name = f"bundled:{names[0]}"
+        name = f"bundled:{model if model in bundled_policies() else zoo.DEFAULT_MODEL}"
     return NAMM.from_pretrained(name), name
 
 

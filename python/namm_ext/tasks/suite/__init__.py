@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...library import HELD_OUT_SOURCE, Library, load_library
-from ..readings import Chat, Draft, Reading, lay_out
+from ..readings import Chat, Draft, Question, Reading, lay_out
 from . import code, facts, filler, lists, needles
 from .facts import FACT_FAMILIES, HELD_OUT_FAMILY, FactFamily
 from .windows import TextWindow, text_windows
@@ -59,6 +59,7 @@ __all__ = [
     "fit_texts",
     "make_reading",
     "make_readings",
+    "make_visible_reading",
     "text_windows",
 ]
 
@@ -87,13 +88,45 @@ def make_reading(
     Raises:
         ValueError: if the task or the split is unknown, or the facts do not fit into the length.
     """
+    rng = random.Random(f"{task}/{split}/{length}/{seed}/{index}")
+    draft = _draw(task, split, rng, library)
+    return lay_out(task, draft, Chat(tokenizer), length, rng)
+
+
+def make_visible_reading(
+    task: str,
+    tokenizer: Any,
+    *,
+    split: str,
+    length: int,
+    index: int,
+    seed: int = 0,
+    library: Library | None = None,
+) -> Reading:
+    """A reading of one question, which stands in the context already, up to its last token.
+
+    What is kept of the context may depend on the question then. Arguments as in `make_reading`.
+    """
+    rng = random.Random(f"{task}/{split}/{length}/{seed}/{index}")
+    draft = _draw(task, split, rng, library)
+    which = 0 if draft.turns else index % len(draft.asks)
+    chat = Chat(tokenizer)
+    asked = chat.question(draft.asks[which])
+    reading = lay_out(task, draft, chat, length - len(asked.ids) + 1, rng)
+    return Reading(
+        task,
+        (*reading.context_ids, *asked.ids[:-1]),
+        (Question(asked.ids[-1:], asked.answer_ids),),
+        (reading.spans[which],),
+    )
+
+
+def _draw(task: str, split: str, rng: random.Random, library: Library | None) -> Draft:
     if task not in _GENERATORS:
         raise ValueError(f"task must be one of {TASKS}, got {task!r}")
     if split == "train" and task in HELD_OUT_TASKS:
         raise ValueError(f"{task} is never trained on, the train split does not have it")
-    rng = random.Random(f"{task}/{split}/{length}/{seed}/{index}")
-    draft = _GENERATORS[task](rng, library or load_library(split))
-    return lay_out(task, draft, Chat(tokenizer), length, rng)
+    return _GENERATORS[task](rng, library or load_library(split))
 
 
 def make_readings(
