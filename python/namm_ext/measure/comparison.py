@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..patching import remove
 from ..policy import Policy
 from .costs import measure_costs
 from .methods import Method, fixed_budget
@@ -72,15 +71,12 @@ def plan(
     return steps
 
 
-def compare(
-    model: Any, steps: Sequence[Step], results: Results, on_step: Callable[[int, str], None]
-) -> None:
-    """Take the steps of a `plan`. The results are saved after each, and the model is given back.
+def compare(steps: Sequence[Step], results: Results, on_step: Callable[[int, str], None]) -> None:
+    """Take the steps of a `plan`; the results are saved after each.
 
     Args:
-        model: that the plan was made for.
         steps: in their order.
-        results: likewise.
+        results: that the plan was made for.
         on_step: called before each with how many are done and what it is about to do.
     """
     try:
@@ -89,7 +85,6 @@ def compare(
             step.run()
             results.save()
     finally:
-        remove(model)
         results.save(intervals=True)
 
 

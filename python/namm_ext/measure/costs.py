@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..cache import NAMMCache, cache_keyword
-from ..patching import remove
+from ..cache import NAMMCache, borrow, cache_keyword
 from ..policy import Policy
 from .results import FULL, Cost
 
@@ -44,7 +43,8 @@ def measure_costs(
     for _ in range(repeats):
         costs = {}
         for name, policy in {FULL: None, **policies}.items():
-            kept, kv, own, peak, prefill, decode = _run_once(model, policy, prompt, new_tokens)
+            with borrow(model, None if policy is None else "namm"):
+                kept, kv, own, peak, prefill, decode = _run_once(model, policy, prompt, new_tokens)
             if policy is None:
                 full_bytes = kv
             old = best.get(name, (math.inf, math.inf))
@@ -60,7 +60,6 @@ def _run_once(
     model: Any, policy: Policy | None, prompt: Tensor, new_tokens: int
 ) -> tuple[float, int, int, int, float, float]:
     if policy is None:
-        remove(model)
         cache: Any = DynamicCache(config=model.config)
     else:
         cache = NAMMCache(model, policy)

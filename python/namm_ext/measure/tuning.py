@@ -8,7 +8,6 @@ from typing import Any
 
 from ..baselines import Baseline
 from ..budget import Budget
-from ..patching import remove
 from .methods import RULES, at_pace, fixed_budget
 from .workloads import Workload
 
@@ -78,7 +77,6 @@ def tune(
                 if score > best_score:
                     best_score, best = score, settings
         found[name] = make_rule(name, best)
-    remove(model)
     return found
 
 
