@@ -332,7 +332,7 @@ def test_demo_of_a_model_that_chats_begins_with_an_example(
     values = json.loads((tmp_path / "demo.json").read_text())
     example = values["example"]
     assert result.output.index(example["expected"]) < result.output.index("questions")
-    assert example["kept"] == pytest.approx(0.25, abs=0.02)
+    assert 0.2 < example["kept"] < 0.25  # of context and question
     assert len(values["rows"][0]["tasks"]) == 2  # the fewest, however slow the machine is
     assert values["evolution"]["generations"] == 2
 

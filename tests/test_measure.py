@@ -161,7 +161,7 @@ def test_an_interrupted_comparison_goes_on(model, records, tmp_path: Path) -> No
 def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     measure.Results({"questions": 8}, path).save()
-    with pytest.raises(ValueError, match="of other settings .questions 8, now 24.; name another"):
+    with pytest.raises(ValueError, match=r"of other settings .questions 8, now 24.; name another"):
         measure.Results({"questions": 24}, path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="is not a file of results"):
@@ -176,7 +176,7 @@ def test_the_stock_cache_and_a_store_that_keeps_all_are_alike(model, records) ->
 def row(method: str, *shares: list[float], keep: float = 0.25) -> measure.Row:
     results = [measure.TaskResult(8, s, [keep] * len(s)) for s in shares]
     cost = measure.Cost(1024, keep, 31, 17, 90, 100, 0.012, 0.0015, 64)
-    named = {name: result for name, result in zip(measure.FAMILIES, results, strict=False)}
+    named = dict(zip(measure.FAMILIES, results, strict=False))
     return measure.Row(method, {}, 1024, keep, named, {"code": 1.0}, cost)
 
 

@@ -82,7 +82,7 @@ def test_a_table_groups_tasks(tmp_path: Path) -> None:
         "| full cache | 100 | 100 | 100.0 | - | 1.500 | 100 % | - | - | - | - |",
         "| **NAMM** | 50 | 50 | **50.0** | **50 (40-60)** | +75.0 % | 25 % | - | - | - | - |",
     ]
-    with pytest.raises(ValueError, match="512 tokens and 0.125 kept must be measured"):
+    with pytest.raises(ValueError, match=r"512 tokens and 0.125 kept must be measured"):
         tool().table({"rows": rows}, 512, 0.125)
 
 

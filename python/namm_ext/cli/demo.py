@@ -39,7 +39,7 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The language model is a name of the zoo, a folder of transformers or a GGUF file.",
+            help="The language model is a name of the zoo, a folder or a GGUF file.",
             show_default=f"{REAL_MODEL} if it is installed, else the bundled one",
         ),
     ] = None,
