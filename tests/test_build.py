@@ -109,11 +109,11 @@ FLOORS = [
     {"budget", "config", "values", "_files", "_library", "_core"},
     {"reference"},
     {"ops"},
-    {"testing", "policy", "ragged", "baselines"},
+    {"testing", "policy", "ragged", "baselines", "rotation"},
     {"cache", "patching", "report"},
     {"corpus", "library", "tasks"},
-    {"answers", "evolution"},
-    {"compare", "tables", "zoo"},
+    {"answers", "evolution", "fitting"},
+    {"measure", "zoo"},
     {"demo", "cli"},
 ]
 TRANSFORMERS_FLOOR = 4

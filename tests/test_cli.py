@@ -80,7 +80,8 @@ def test_info_names_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_command_has_help_in_whole_sentences() -> None:
     group = typer.main.get_command(app)
-    assert set(group.commands) == {"demo", "compare", "evolve", "train-lm", "info"}
+    names = {"demo", "compare", "fit", "calibrate", "evolve", "train-lm", "info"}
+    assert set(group.commands) == names
     for name, command in group.commands.items():
         result = CliRunner().invoke(app, [name, "--help"])
         assert result.exit_code == 0, (name, result.output)

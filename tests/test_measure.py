@@ -15,7 +15,8 @@ pytest.importorskip("typer")
 
 from namm_ext import NAMM, Budget, NAMMConfig, corpus, measure, tasks, zoo
 from namm_ext.baselines import Full, StreamingLLM
-from namm_ext.measure import tables, tuning
+from namm_ext.baselines.grid import GRID
+from namm_ext.measure import tables
 from namm_ext.measure.methods import beside, rule_from_dict
 from namm_ext.policy import Policy
 from namm_ext.tasks import suite
@@ -121,7 +122,7 @@ def test_an_interrupted_comparison_goes_on(model, records, tmp_path: Path) -> No
     timing = measure.Timing(new_tokens=2, repeats=2)
 
     def plan(results: measure.Results) -> list[measure.Step]:
-        return measure.plan(model, methods, [records], [0.5, 0.25], results, timing)
+        return measure.plan(model, None, methods, [records], [0.5, 0.25], results, timing)
 
     def stop(i: int, name: str) -> None:
         if i == 5:
@@ -154,7 +155,9 @@ def test_an_interrupted_comparison_goes_on(model, records, tmp_path: Path) -> No
         )
 
     other = [methods[0], measure.Method("NAMM", methods[1].policy.with_budget(sink_tokens=1))]
-    changed = measure.plan(model, other, [records], [0.25], measure.Results(settings, path), timing)
+    changed = measure.plan(
+        model, None, other, [records], [0.25], measure.Results(settings, path), timing
+    )
     assert {step.name.split(",")[0] for step in changed} == {"NAMM", "time and bytes at 256 tokens"}
 
 
@@ -199,15 +202,16 @@ def test_intervals_are_paired() -> None:
 
 
 @pytest.mark.parametrize("name", ["stdlib-1m", "smollm2-135m"])
-def test_tuned_rules_are_among_the_tried_ones(name: str) -> None:
+def test_tuned_rules_are_what_their_file_says(name: str) -> None:
     rules = measure.tuned_rules(name)
     assert rules.keys() == measure.RULES.keys()
     for rule_name, rule in rules.items():
-        assert isinstance(rule, measure.RULES[rule_name])
+        assert type(rule) is measure.RULES[rule_name]
         settings = measure.rule_to_dict(rule)
         assert repr(rule_from_dict(rule_name, settings)) == repr(rule)
-        for option, values in tuning.options_of(rule_name).items():
-            assert getattr(rule.budget, option, getattr(rule, option, None)) in values, rule_name
+        if name == "smollm2-135m":
+            tried = [measure.rule_to_dict(rule) for rule in GRID[rule_name]]
+            assert settings in tried, rule_name
 
 
 def test_rules_follow_the_memory() -> None:
@@ -218,25 +222,25 @@ def test_rules_follow_the_memory() -> None:
     assert measure.fixed_budget(rule, 1, 1023).budget.size == 1023
 
 
-def test_tuning_sets_one_thing_after_the_other(
+def test_tuning_takes_the_best(
     monkeypatch: pytest.MonkeyPatch, records: measure.RecordWorkload
 ) -> None:
-    options = {"sink_tokens": (4, 1, 16), "recent_tokens": (0, 32)}
-    monkeypatch.setitem(tuning._OWN, "StreamingLLM", options)
-    values = {(4, 0): 0.4, (1, 0): 0.2, (16, 0): 0.6, (16, 32): 0.6}
+    tried = tuple(StreamingLLM(Budget(0.25, sink_tokens=n)) for n in (4, 16, 1))
+    monkeypatch.setitem(GRID, "StreamingLLM", tried)
+    values = {4: 0.4, 16: 0.6, 1: 0.6}
 
     def ask(self: object, model: object, policy: Policy, task: str) -> measure.TaskResult:
-        assert policy.budget.size == 64
-        key = (policy.budget.sink_tokens, policy.budget.recent_tokens)
-        return measure.TaskResult(1, [values[key]], [0.25])
+        assert (policy.budget.size, policy.n_up) == (32, 16)
+        return measure.TaskResult(1, [values[policy.budget.sink_tokens]], [0.125])
 
     monkeypatch.setattr(measure.RecordWorkload, "ask", ask)
-    tried: list[float] = []
+    seen: list[float] = []
     found = measure.tune(
-        None, records, rules=("StreamingLLM",), on_trial=lambda _, score: tried.append(score)
-    )
-    assert tried == [0.4, 0.2, 0.6, 0.6]
-    assert repr(found["StreamingLLM"]) == repr(StreamingLLM(Budget(1.0, sink_tokens=16)))
+        None, None, records, rules=("StreamingLLM",), n_up=16, keep=0.125,
+        on_trial=lambda _, score: seen.append(score),
+    )  # fmt: skip
+    assert seen == [0.4, 0.6, 0.6]
+    assert found == {"StreamingLLM": tried[1]}
 
 
 # Tables ----------------------------------------------------------------------------------------

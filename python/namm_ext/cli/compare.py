@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ..baselines import Baseline
 from ..policy import NAMM
 from ..tasks import IN_USE, RecordMix
 from .shared import Json, Model, Threads, load_model, load_policy, make_console, set_threads
@@ -155,9 +156,23 @@ def compare(
 
     if tune:
         first = next(iter(memories.values()))
-        _tune(loaded, workload("validation", lengths[0], 0), first, keeps[0], method, console)
+        _tune(
+            loaded,
+            tokenizer,
+            workload("validation", lengths[0], 0),
+            first,
+            keeps[0],
+            method,
+            console,
+        )
         return
-    methods = _methods(model_name, memories, method)
+    methods = _methods(model_name, memories, method or _rules(chats))
+    methods = [
+        replace(m, policy=measure.ready(m.policy, loaded, tokenizer, lengths[0]))
+        if isinstance(m.policy, Baseline)
+        else m
+        for m in methods
+    ]
     settings: dict[str, Any] = {
         "model": model_name,
         "split": split,
@@ -172,7 +187,7 @@ def compare(
     results = measure.Results(settings, json_file)
     workloads = [workload(split, tokens, num_windows) for tokens in lengths]
     steps = measure.plan(
-        loaded, methods, workloads, keeps, results, measure.Timing(repeats=repeats)
+        loaded, tokenizer, methods, workloads, keeps, results, measure.Timing(repeats=repeats)
     )
     try:
         with progress(console, len(steps)) as show:
@@ -201,7 +216,14 @@ def _memories(
     return dict(zip(shown, memories, strict=True))
 
 
-def _methods(model: str, memories: dict[str, NAMM], rules: list[str] | None) -> list[Method]:
+def _rules(chats: bool) -> list[str]:
+    """All rules; where a context and its questions are one text, none that reads it twice."""
+    from .. import measure
+
+    return [name for name, rule in measure.RULES.items() if chats or not rule.two_passes]
+
+
+def _methods(model: str, memories: dict[str, NAMM], rules: list[str]) -> list[Method]:
     from .. import measure
 
     first = next(iter(memories.values()))
@@ -214,6 +236,7 @@ def _methods(model: str, memories: dict[str, NAMM], rules: list[str] | None) -> 
 
 def _tune(
     model: Any,
+    tokenizer: Any,
     workload: Workload,
     memory: NAMM,
     keep: float,
@@ -224,11 +247,11 @@ def _tune(
 
     found = measure.tune(
         model,
+        tokenizer,
         workload,
-        rules=tuple(rules or measure.RULES),
+        rules=rules or _rules(bool(tokenizer.chat_template)),
         n_up=memory.n_up,
         keep=keep,
-        layer_shares=memory.budget.layer_shares,
         on_trial=lambda rule, value: console.print(
             f"{value:6.1%}  {rule}", style="dim", highlight=False
         ),

@@ -166,7 +166,10 @@ def _side_by_side(subject: Subject, config: DemoConfig, console: Console, result
         *baseline_methods(subject.name, subject.policy, list(config.rivals)),
     ]
     workload = _workload(subject, config, methods)
-    steps = plan(subject.model, methods, [workload], [config.keep], results, config.timing)
+    steps = plan(
+        *(subject.model, subject.tokenizer, methods, [workload], [config.keep], results),
+        timing=config.timing,
+    )
     try:
         with progress(console, len(steps)) as show:
             compare(steps, results, show)

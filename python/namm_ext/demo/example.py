@@ -10,10 +10,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-import namm_ext
-
 from ..cache import NAMMCache
 from ..measure import fixed_budget
+from ..patching import patch
 from ..policy import Policy
 from ..tasks import suite
 from ..tasks.readings import Reading
@@ -65,7 +64,7 @@ def show_example(
     text = tokenizer.decode(question.ids)
     ids = torch.tensor([[*reading.context_ids, *question.ids]])
     full = _generate(model, tokenizer, ids, new_tokens)
-    with namm_ext.patch(model, fixed_budget(policy, keep, length)) as memory:
+    with patch(model, fixed_budget(policy, keep, length)) as memory:
         answer = _generate(model, tokenizer, ids, new_tokens)
         assert memory.cache is not None
         shares = share_of_heads(memory.cache, length)

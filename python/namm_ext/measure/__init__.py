@@ -14,6 +14,7 @@ from .methods import (
     baseline_methods,
     fixed_budget,
     full_method,
+    ready,
     rule_to_dict,
     tuned_rules,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "machine",
     "measure_costs",
     "plan",
+    "ready",
     "rule_to_dict",
     "tune",
     "tuned_rules",

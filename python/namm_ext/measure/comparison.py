@@ -45,6 +45,7 @@ class _Entry:
 
 def plan(
     model: Any,
+    tokenizer: Any,
     methods: Sequence[Method],
     workloads: Sequence[Workload],
     keeps: Sequence[float],
@@ -55,6 +56,7 @@ def plan(
 
     Args:
         model: a causal language model of transformers.
+        tokenizer: of the model.
         methods: what to compare.
         workloads: what to read, one per context length.
         keeps: budgets, as shares of a context. The full cache has none and is measured once.
@@ -67,7 +69,7 @@ def plan(
         for entry in entries:
             steps += _quality(model, workload, entry)
         if timing.repeats and any(entry.row.cost is None for entry in entries):
-            steps += _costs(model, workload, entries, timing)
+            steps += _costs(model, tokenizer, workload, entries, timing)
     return steps
 
 
@@ -115,13 +117,19 @@ def _quality(model: Any, workload: Workload, entry: _Entry) -> Iterator[Step]:
     for task in workload.tasks:
         if task not in row.tasks:
             yield Step(f"{name}: {task}", partial(ask, task))
+    if policy is not None and policy.two_passes:
+        return  # it would read what is to be predicted
     for kind in workload.windows:
         if kind not in row.bits_per_byte:
             yield Step(f"{name}: {kind} as text", partial(read, kind))
 
 
 def _costs(
-    model: Any, workload: Workload, entries: Sequence[_Entry], timing: Timing
+    model: Any,
+    tokenizer: Any,
+    workload: Workload,
+    entries: Sequence[_Entry],
+    timing: Timing,
 ) -> Iterator[Step]:
     names = [
         FULL if entry.policy is None else f"{entry.row.method} {entry.row.keep}"
@@ -129,6 +137,7 @@ def _costs(
     ]
     measuring = measure_costs(
         model,
+        tokenizer,
         dict(zip(names, (entry.policy for entry in entries), strict=True)),
         workload.prompt,
         new_tokens=timing.new_tokens,

@@ -18,6 +18,7 @@ from .results import FULL, Cost
 
 def measure_costs(
     model: Any,
+    tokenizer: Any,
     policies: Mapping[str, Policy | None],
     prompt: Tensor,
     *,
@@ -30,6 +31,7 @@ def measure_costs(
     minima.
 
     Args:
+        tokenizer: of the model, for policies that read twice.
         policies: by name; None is the stock cache, which is measured in any case.
         prompt: ``[1, T]`` token ids.
         new_tokens: tokens to generate; ``n_up`` of them contain exactly one update.
@@ -43,8 +45,13 @@ def measure_costs(
     for _ in range(repeats):
         costs = {}
         for name, policy in {FULL: None, **policies}.items():
+            began = time.perf_counter()
+            if policy is not None:
+                policy = policy.for_context(model, tokenizer, prompt[0].tolist())
+            first = time.perf_counter() - began
             with borrow(model, None if policy is None else "namm"):
-                kept, kv, own, peak, prefill, decode = _run_once(model, policy, prompt, new_tokens)
+                kept, kv, own, peak, second, decode = _run_once(model, policy, prompt, new_tokens)
+            prefill = first + second
             if policy is None:
                 full_bytes = kv
             old = best.get(name, (math.inf, math.inf))

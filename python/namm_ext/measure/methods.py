@@ -8,24 +8,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .. import baselines
 from ..baselines import Baseline, SnapKV
+from ..baselines.grid import GRID
 from ..budget import Budget
+from ..fitting.calibrate import calibrate
+from ..fitting.texts import repeated
 from ..policy import Policy
 from ..policy.base import PolicyT
+from ..tasks.suite import fit_texts
 from .results import FULL
 
 #: Models without a file of their own in ``zoo/tuned`` take the settings found on this one.
 DEFAULT_TUNED = "smollm2-135m"
 
 
-def _is_rule(name: str) -> bool:
-    return name not in ("Baseline", "Full", "NeverEvict")
-
-
-RULES: dict[str, type[Baseline]] = {
-    name: getattr(baselines, name) for name in sorted(filter(_is_rule, baselines.__all__))
-}
+RULES: dict[str, type[Baseline]] = {name: type(tried[0]) for name, tried in GRID.items()}
 """All published rules by name."""
 
 
@@ -90,8 +87,14 @@ def rule_to_dict(rule: Baseline) -> dict[str, Any]:
 
 
 def beside(rule: Baseline, memory: Policy) -> Baseline:
-    """A rule that updates and divides its budget among the layers as ``memory`` does."""
-    return at_pace(rule, memory.n_up).with_budget(layer_shares=memory.budget.layer_shares)
+    """A rule that updates and divides its budget among the layers as ``memory`` does.
+
+    One whose layers share their budget divides it in its own way.
+    """
+    paced = at_pace(rule, memory.n_up)
+    if paced.budget.scope == "global":
+        return paced
+    return paced.with_budget(layer_shares=memory.budget.layer_shares)
 
 
 def at_pace(rule: Baseline, n_up: int) -> Baseline:
@@ -99,6 +102,18 @@ def at_pace(rule: Baseline, n_up: int) -> Baseline:
     if isinstance(rule, SnapKV):
         return rule.replace(n_up=n_up, window=min(rule.window, n_up))
     return rule.replace(n_up=n_up)
+
+
+def ready(rule: Baseline, model: Any, tokenizer: Any, length: int) -> Baseline:
+    """The rule calibrated on a model, if all its layers share a budget by the scores of one pass.
+
+    Args:
+        length: tokens of the two training texts that it is calibrated on.
+    """
+    if rule.budget.scope != "global" or rule.two_passes or rule.calibration is not None:
+        return rule
+    texts = [repeated(tokenizer, ids) for ids in fit_texts(tokenizer, length=length, count=2)]
+    return calibrate(rule, model, texts)
 
 
 def baseline_methods(model: str, memory: Policy, names: list[str] | None = None) -> list[Method]:
@@ -116,6 +131,5 @@ def baseline_methods(model: str, memory: Policy, names: list[str] | None = None)
     for name in names or ():
         if name not in rules:
             raise ValueError(f"--method must be one of {', '.join(rules)}, got {name!r}")
-    return [
-        Method(name, beside(rules[name], memory)) for name in (rules if names is None else names)
-    ]
+    chosen = [(name, beside(rules[name], memory)) for name in (rules if names is None else names)]
+    return [Method(f"{name} (2x)" if rule.two_passes else name, rule) for name, rule in chosen]

@@ -231,7 +231,8 @@ def legend(n_up: int, mix: RecordMix | None, question_visible: bool = False) -> 
         f"kept: tokens after the last update / tokens seen (one update every {n_up} tokens). "
         "k+v: live bytes of keys and values, free room included; own: the memory's own state; "
         "all: both; in % of the full cache, at the end of the prompt. Times: one prompt at a "
-        "time, the fastest of interleaved rounds; decode has the updates in it."
+        "time, the fastest of interleaved rounds; decode has the updates in it. (2x): reads a "
+        "context twice and forgets once, at its end."
     )
     return text
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,11 +73,13 @@ class ReadingWorkload:
     """Readings for a model that chats.
 
     Attributes:
+        tokenizer: of the model.
         length: tokens of a context and of a window of text.
         readings: by task.
         windows: of prose and of code; the first half is read, the second one scored.
     """
 
+    tokenizer: Any = field(compare=False)
     length: int
     readings: Mapping[str, Sequence[Reading]]
     windows: Mapping[str, Sequence[TextWindow]]
@@ -118,7 +120,7 @@ class ReadingWorkload:
                 drawn.append(draw(name, tokenizer, split=split, length=length, index=len(drawn)))
             readings[name] = drawn
         if not num_windows:
-            return cls(length, readings, {})
+            return cls(tokenizer, length, readings, {})
         library = load_library(split)
         texts = {
             "prose": [text for _, documents in library.prose for text in documents],
@@ -128,7 +130,7 @@ class ReadingWorkload:
             kind: text_windows(tokenizer, documents, length, num_windows)
             for kind, documents in texts.items()
         }
-        return cls(length, readings, windows)
+        return cls(tokenizer, length, readings, windows)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -139,10 +141,14 @@ class ReadingWorkload:
         return torch.tensor([next(iter(self.readings.values()))[0].context_ids])
 
     def ask(self, model: Any, policy: Policy | None, task: str) -> TaskResult:
-        answers = answer_readings(model, policy, self.readings[task])
-        right = answers.correct.astype(float)
-        shares = [right[answers.reading == i].mean() for i in range(len(self.readings[task]))]
-        return TaskResult(len(right), [float(s) for s in shares], answers.kept.tolist())
+        questions, shares, kept = 0, [], []
+        for reading in self.readings[task]:
+            own = policy and policy.for_context(model, self.tokenizer, reading.context_ids)
+            answers = answer_readings(model, own, [reading])
+            questions += len(answers.correct)
+            shares.append(answers.accuracy())
+            kept.append(float(answers.kept[0]))
+        return TaskResult(questions, shares, kept)
 
 
 @dataclass(frozen=True)
