@@ -16,9 +16,12 @@ from ..budget import Budget
 from ..config import NAMMConfig
 from ..corpus import load_documents
 from ..evolution import EvolveConfig, EvolveResult, RecordProblem, evolve
-from ..measure import FULL, RULES, baseline_methods, fixed_budget
+from ..measure import FULL, baseline_methods, fixed_budget
 from ..measure.progress import progress
 from ..policy import NAMM, Policy
+
+OTHERS = ("StreamingLLM", "SnapKV", "KeyDiff", "Random")
+"""Baselines whose level the chart shows."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,7 @@ class LiveEvolution:
         (batch,) = self.problem.validation_batches()
         policies: dict[str, Policy] = {FULL: Full()}
         start = NAMM(self.search.namm, budget=self.search.budget)
-        names = [name for name, rule in RULES.items() if not rule.two_passes]
-        methods = baseline_methods(self.name, start, names)
+        methods = baseline_methods(self.name, start, OTHERS)
         others = {method.name: method.policy for method in methods}
         others["start"] = start  # all scores equal: the newest tokens stay
         for name, policy in others.items():

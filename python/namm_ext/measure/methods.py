@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -116,7 +117,9 @@ def ready(rule: Baseline, model: Any, tokenizer: Any, length: int) -> Baseline:
     return calibrate(rule, model, texts)
 
 
-def baseline_methods(model: str, memory: Policy, names: list[str] | None = None) -> list[Method]:
+def baseline_methods(
+    model: str, memory: Policy, names: Sequence[str] | None = None
+) -> list[Method]:
     """Tuned rules beside a memory.
 
     Args:
