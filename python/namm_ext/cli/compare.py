@@ -14,7 +14,7 @@ from rich.console import Console
 from ..baselines import Baseline
 from ..policy import NAMM
 from ..tasks import IN_USE, RecordMix
-from .shared import Json, Model, Threads, load_model, load_policy, make_console, set_threads
+from .shared import DType, Json, Model, Threads, load_model, load_policy, make_console, set_threads
 
 if TYPE_CHECKING:
     from ..measure import Method, Workload
@@ -112,11 +112,12 @@ def compare(
         ),
     ] = False,
     json_file: Json = None,
+    dtype: DType = "float32",
     threads: Threads = None,
 ) -> None:
     """Compare memories and baselines on tasks and text. With --json, a stopped run goes on."""
     set_threads(threads)
-    loaded, tokenizer, model_name = load_model(model)
+    loaded, tokenizer, model_name = load_model(model, dtype)
     from .. import measure
     from ..measure import tables
     from ..measure.progress import progress
@@ -175,6 +176,7 @@ def compare(
     ]
     settings: dict[str, Any] = {
         "model": model_name,
+        "dtype": dtype,
         "split": split,
         "tasks": task or "all",
         "num_windows": num_windows,
