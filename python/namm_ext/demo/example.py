@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..answers import answer_readings
 from ..cache import NAMMCache
 from ..measure import fixed_budget
 from ..patching import patch
@@ -18,7 +19,7 @@ from ..tasks import suite
 from ..tasks.readings import Reading
 
 TASK = "paraphrase"
-"""Facts in other words than the questions about them; the first context of the test split."""
+"""Facts in other words than the questions about them."""
 
 _AROUND = 60  # tokens shown on either side of the fact
 _SHADES = ((0.5, "bold"), (0.25, ""), (0.0, "dim"))
@@ -50,7 +51,7 @@ def show_example(
     *,
     length: int,
     keep: float,
-    new_tokens: int = 16,
+    new_tokens: int = 8,
 ) -> Example:
     """Print a context as the memory keeps it, a question, and both answers.
 
@@ -59,8 +60,8 @@ def show_example(
         keep: the budget, as a share of them.
         new_tokens: at most so many are generated.
     """
-    reading = suite.make_reading(TASK, tokenizer, split="test", length=length, index=0)
-    question = reading.questions[0]
+    reading, which = _first_answered(model, tokenizer, length)
+    question = reading.questions[which]
     text = tokenizer.decode(question.ids)
     ids = torch.tensor([[*reading.context_ids, *question.ids]])
     full = _generate(model, tokenizer, ids, new_tokens)
@@ -71,12 +72,13 @@ def show_example(
         kept = memory.report().kept_fraction
     expected = tokenizer.decode(question.answer_ids).strip()
 
-    begin, end = _excerpt(reading)
+    begin, end = _excerpt(reading, which)
     console.print(
         f"[bold]A context of {length:,} tokens[/], of which tokens {begin} to {end}. Bold: at "
-        "least half of the model's heads still hold the token; dim: fewer than a quarter."
+        "least half of the model's heads still hold the token; dim: fewer than a quarter. "
+        "The question is the first of the test split that the full cache answers."
     )
-    console.print(_shaded(tokenizer, reading, shares, begin, end))
+    console.print(_shaded(tokenizer, reading, which, shares, begin, end))
     console.print(_asked(text), style="italic")
     for name, said in (
         (f"the full cache ({length:,} tokens)", full),
@@ -86,6 +88,19 @@ def show_example(
         console.print(Text(f"  {name:<30}") + Text(said, "green" if right else "red"))
     console.print(f"  {'the context says':<30}{expected}\n", highlight=False)
     return Example(text, expected, full, answer, kept)
+
+
+def _first_answered(model: Any, tokenizer: Any, length: int) -> tuple[Reading, int]:
+    """The first question of the test split that the full cache answers, among eight contexts."""
+    readings = (
+        suite.make_reading(TASK, tokenizer, split="test", length=length, index=i) for i in range(8)
+    )
+    first = next(readings)
+    for reading in (first, *readings):
+        correct = answer_readings(model, None, [reading]).correct
+        if correct.any():
+            return reading, int(correct.argmax())
+    return first, 0
 
 
 def share_of_heads(cache: NAMMCache, length: int) -> list[float]:
@@ -117,14 +132,16 @@ def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, new_tokens: int) ->
     return text.strip().split("\n")[0]
 
 
-def _excerpt(reading: Reading) -> tuple[int, int]:
-    start, stop = reading.spans[0]
+def _excerpt(reading: Reading, which: int) -> tuple[int, int]:
+    start, stop = reading.spans[which]
     return max(0, start - _AROUND), min(len(reading.context_ids), stop + _AROUND)
 
 
-def _shaded(tokenizer: Any, reading: Reading, shares: list[float], begin: int, end: int) -> Text:
+def _shaded(
+    tokenizer: Any, reading: Reading, which: int, shares: list[float], begin: int, end: int
+) -> Text:
     text = Text()
-    start, stop = reading.spans[0]
+    start, stop = reading.spans[which]
     for i in range(begin, end):
         style = next(style for least, style in _SHADES if shares[i] >= least)
         if start <= i < stop:
