@@ -2,101 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import namm_ext
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
-from namm_ext import NAMMCache, ops
-from namm_ext.ragged import RaggedKV
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from injection import AroundParts, AtLines, Interrupt
+from namm_ext import NAMMCache
 
 #: Columns where calls end: a prompt with an update, steps over an update, a chunk over one.
 ENDS = (0, 20, 31, 32, 33, 50)
 PAD = 7
-
-
-class Interrupt(BaseException):
-    """As KeyboardInterrupt: no ``except Exception`` sees it."""
-
-
-class Injector:
-    """Raises at the n-th of the places that it is told about."""
-
-    def __init__(self):
-        self.count, self.at = 0, None
-        self.places = []
-
-    def tick(self, place=None):
-        self.count += 1
-        self.places.append(place)
-        if self.count == self.at:
-            raise Interrupt
-
-    def points(self):
-        """The places of a run in which nothing failed."""
-        return list(range(1, self.count + 1))
-
-
-class AroundParts(Injector):
-    """Before and after every op, update, sliding layer and MLP of a forward pass."""
-
-    def __init__(self, monkeypatch, model):
-        super().__init__()
-        for name in ("append_", "attend_", "compact", "select"):
-            monkeypatch.setattr(ops, name, self.around(getattr(ops, name)))
-        monkeypatch.setattr(RaggedKV, "update", self.around(RaggedKV.update))
-        update = DynamicSlidingWindowLayer.update
-        monkeypatch.setattr(DynamicSlidingWindowLayer, "update", self.around(update))
-        for layer in model.model.layers:
-            monkeypatch.setattr(layer.mlp, "forward", self.around(layer.mlp.forward))
-
-    def around(self, function):
-        def wrapped(*args, **kwargs):
-            self.tick()
-            result = function(*args, **kwargs)
-            self.tick()
-            return result
-
-        return wrapped
-
-    def run(self, function, *args):
-        return function(*args)
-
-
-class AtLines(Injector):
-    """At every line of the store and of the cache, as Ctrl-C would."""
-
-    def __init__(self, monkeypatch, model):
-        super().__init__()
-        folder = Path(namm_ext.__file__).parent
-        self.call = 0
-        self.folders = (str(folder / "ragged"), str(folder / "cache"))
-
-    def trace(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(self.folders):
-            return None
-        if event == "line":
-            self.tick((self.call, frame.f_code.co_filename, frame.f_lineno))
-        return self.trace
-
-    def points(self):
-        """Every line the first and the last time that it runs in a call."""
-        points = range(1, self.count + 1)
-        last = dict(zip(self.places, points, strict=True))
-        first = dict(zip(reversed(self.places), reversed(points), strict=True))
-        return sorted({*first.values(), *last.values()})
-
-    def run(self, function, *args):
-        self.call += 1
-        before = sys.gettrace()
-        sys.settrace(self.trace)
-        try:
-            return function(*args)
-        finally:
-            sys.settrace(before)
 
 
 class Sequence:
