@@ -1,14 +1,15 @@
-"""A saved cache that was damaged is refused with its name, or it is the same cache."""
+"""A saved cache or policy that was damaged is refused with its name, or it is the same."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, tokens
-from namm_ext import NAMMCache
+from namm_ext import NAMM, NAMMCache
 from namm_ext.baselines import StreamingLLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -58,7 +59,8 @@ def set_byte(data, draw):
 
 
 def set_header_byte(data, draw):
-    data[draw.randrange(8 + int.from_bytes(data[:8], "little"))] = draw.randrange(256)
+    size = min(len(data), 8 + int.from_bytes(data[:8], "little"))
+    data[draw.randrange(size)] = draw.randrange(256)
 
 
 def zero_block(data, draw):
@@ -92,6 +94,50 @@ def test_damaged_caches(kind, count, tmp_path):
             saved.path.write_bytes(data)
             refused += saved.is_refused_or_equal()
     assert refused > 0.9 * count
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["config.json", "namm.safetensors"])
+def test_damaged_policies(name, count, tmp_path):
+    policy = evicting_policy(budget=10, seed=3)
+    policy.save_pretrained(tmp_path)
+    path, draw, refused = tmp_path / name, random.Random(0), 0
+    good = path.read_bytes()
+    for i in range(count):
+        data = bytearray(good)
+        DAMAGES[i % len(DAMAGES)](data, draw)
+        if bytes(data) == good:
+            continue
+        path.write_bytes(data)
+        try:
+            loaded = NAMM.from_pretrained(tmp_path)
+        except ValueError as error:
+            refused += 1
+            if str(tmp_path) not in str(error):
+                raise
+        else:
+            assert loaded.to_dict() == policy.to_dict()
+            assert loaded.fingerprint() == policy.fingerprint()
+    assert refused > 0.9 * count
+
+
+@pytest.mark.parametrize("section", ["config", "budget", "checksum"])
+def test_a_policy_without_a_section(section, tmp_path):
+    evicting_policy(budget=10).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    del content[section]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="save the policy again"):
+        NAMM.from_pretrained(tmp_path)
+
+
+def test_files_of_two_policies_do_not_mix(tmp_path):
+    for seed in (1, 2):
+        evicting_policy(budget=10, seed=seed).save_pretrained(tmp_path / str(seed))
+    (tmp_path / "1/config.json").rename(tmp_path / "2/config.json")
+    with pytest.raises(ValueError, match="damaged or do not belong together"):
+        NAMM.from_pretrained(tmp_path / "2")
 
 
 # Without a checksum -------------------------------------------------------------------------------

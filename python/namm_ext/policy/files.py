@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .._files import write_file
 from ..budget import Budget
 from ..config import NAMMConfig
 from . import version1
@@ -20,7 +23,8 @@ from .gate import Gate
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "namm.safetensors"
 FORMAT = "namm_ext.NAMM"
-FORMAT_VERSION = 2
+#: 1 had the budget in its config, 1 and 2 had no checksum.
+FORMAT_VERSION = 3
 BUNDLED_PREFIX = "bundled:"
 
 
@@ -35,18 +39,23 @@ class StoredPolicy:
 def write_policy(
     directory: str | Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write the two files into ``directory``, which is made if it is missing."""
+    """Write the two files into ``directory``, which is made if it is missing.
+
+    Each is replaced as a whole, and a checksum over both says that they belong together.
+    """
     safetensors_torch = _safetensors()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    safetensors_torch.save_file(tensors, str(folder / WEIGHTS_FILE))
-    text = {"format": FORMAT, "format_version": FORMAT_VERSION, **settings}
-    (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **settings}
+    content["checksum"] = _checksum(content, tensors)
+    text = json.dumps(content, indent=2) + "\n"
+    write_file(folder / WEIGHTS_FILE, lambda file: file.write(safetensors_torch.save(tensors)))
+    write_file(folder / CONFIG_FILE, lambda file: file.write(text.encode()))
 
 
 def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
-    """What :func:`write_policy` wrote, in this version or the one before.
+    """What :func:`write_policy` wrote, in this version or an earlier one.
 
     Args:
         name: a folder, ``"bundled:<name>"`` or a Hugging Face Hub id.
@@ -57,7 +66,8 @@ def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
         ValueError: if a file is damaged or not a NAMM; names the file and the field.
     """
     folder = _find_policy(name, revision)
-    config, budget, gate = _read_settings(folder / CONFIG_FILE)
+    content = _read_content(folder / CONFIG_FILE)
+    config, budget, gate = _settings(folder / CONFIG_FILE, content)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"NAMM: {path} is missing")
@@ -68,6 +78,13 @@ def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
         tensors = safetensors_torch.load_file(str(path))
     except SafetensorError as error:
         raise ValueError(f"{path}: must be a safetensors file, got {error}") from error
+    if content["format_version"] == FORMAT_VERSION and content.get("checksum") != _checksum(
+        content, tensors
+    ):
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are damaged or do not belong together, "
+            "their checksum is another; save the policy again"
+        )
     parts: dict[str, dict[str, Tensor]] = {"calibration": {}, "gate": {}}
     for key in sorted(tensors):
         part, _, name = key.partition(".")
@@ -127,22 +144,42 @@ def _find_policy(name: str, revision: str | None) -> Path:
     )
 
 
-def _read_settings(path: Path) -> tuple[NAMMConfig, Budget, dict[str, Any] | None]:
+def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over everything in both files, whatever its order."""
+    settings = {name: value for name, value in content.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"NAMM: {path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON, got {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT!r}; this is not a saved NAMM")
-    version, config = content.get("format_version"), content.get("config", {})
-    if version not in (1, FORMAT_VERSION):
-        raise ValueError(f"{path}: format_version must be 1 or {FORMAT_VERSION}, got {version!r}")
+    version = content.get("format_version")
+    if version not in (1, 2, FORMAT_VERSION):
+        raise ValueError(f"{path}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}")
+    for section in ("config",) if version == 1 else ("config", "budget"):
+        if not isinstance(content.get(section), dict):
+            raise ValueError(f"{path}: section {section!r} is missing; save the policy again")
+    return content
+
+
+def _settings(
+    path: Path, content: Mapping[str, Any]
+) -> tuple[NAMMConfig, Budget, dict[str, Any] | None]:
+    version, config = content["format_version"], content["config"]
     try:
         if version == 1:
             return (*version1.split_config(config), None)
-        budget = Budget.from_dict(content.get("budget", {}))
+        budget = Budget.from_dict(content["budget"])
         return NAMMConfig.from_dict(config), budget, content.get("gate")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
