@@ -146,6 +146,19 @@ def test_recording_ends(model, policy):
 
 
 @torch.no_grad()
+def test_a_recording_hybrid_is_saved_without_its_past(policy, tmp_path):
+    model = build(gemma3_config(), torch.float64)
+    cache, more = NAMMCache(model, policy), tokens(1, 9, seed=4)
+    cache.activate_past_recording()
+    model(tokens(1, 60), cache=cache)
+    cache.save(tmp_path / "memory.safetensors")
+    loaded = NAMMCache.load(tmp_path / "memory.safetensors", model, policy)
+    assert [x.keys.shape[2] for x in loaded.sliding_layers] == [23, 23]
+    a, b = (model(more, cache=c).logits for c in (cache, loaded))
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
 def test_sliding_layers_stop_recording_too(policy):
     model = build(gemma3_config(), torch.float64)
     cache = NAMMCache(model, policy)

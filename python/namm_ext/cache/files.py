@@ -53,7 +53,10 @@ def save(session: Session, layers: Sequence[Any], path: str | Path) -> None:
     for i, layer in enumerate(layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             if layer.keys is not None and layer.values is not None:
-                tensors[f"{i}.keys"], tensors[f"{i}.values"] = layer.keys, layer.values
+                # While recording there are more columns than the window.
+                window = slice(max(layer.keys.shape[2] - layer.sliding_window + 1, 0), None)
+                tensors[f"{i}.keys"] = layer.keys[:, :, window]
+                tensors[f"{i}.values"] = layer.values[:, :, window]
                 tensors[f"{i}.length"] = torch.tensor(layer.cumulative_length)
         elif isinstance(layer, NAMMLayer) and layer.kv is not None:
             tensors |= {f"{i}.{name}": t for name, t in to_tensors(layer.kv).items()}
@@ -200,7 +203,7 @@ def _fill_sliding(
     keys, values, length = own["keys"], own["values"], int(own["length"])
     if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
         raise ValueError("keys and values of a sliding layer must fit each other")
-    if not min(length, layer.sliding_window - 1) <= keys.shape[2] <= length:
+    if keys.shape[2] != min(length, layer.sliding_window - 1):
         raise ValueError(f"a sliding layer must have its window of {length} columns")
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise ValueError("keys and values of a sliding layer must be finite")
