@@ -109,10 +109,10 @@ FLOORS = [
     {"budget", "config", "values", "_files", "_library", "_core"},
     {"reference"},
     {"ops"},
-    {"testing", "policy", "ragged", "baselines", "rotation"},
+    {"testing", "policy", "ragged", "rotation"},
     {"cache", "patching", "report"},
     {"corpus", "library", "tasks"},
-    {"answers", "evolution", "fitting"},
+    {"answers", "baselines", "evolution", "fitting"},
     {"measure", "zoo"},
     {"demo", "cli"},
 ]
