@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..baselines import Baseline, SnapKV
+from ..baselines import Baseline, ExpectedAttention, SnapKV
 from ..baselines.grid import GRID
 from ..budget import Budget
 from ..fitting.calibrate import calibrate
@@ -106,11 +106,14 @@ def at_pace(rule: Baseline, n_up: int) -> Baseline:
 
 
 def ready(rule: Baseline, model: Any, tokenizer: Any, length: int) -> Baseline:
-    """The rule calibrated on a model, if all its layers share a budget by the scores of one pass.
+    """The rule with what it has to know of a model: RoPE, and a calibration if all its layers
+    share a budget by the scores of one pass.
 
     Args:
         length: tokens of the two training texts that it is calibrated on.
     """
+    if isinstance(rule, ExpectedAttention):
+        rule = rule.for_model(model)
     if rule.budget.scope != "global" or rule.two_passes or rule.calibration is not None:
         return rule
     texts = [repeated(tokenizer, ids) for ids in fit_texts(tokenizer, length=length, count=2)]
