@@ -10,8 +10,6 @@
 namespace namm_ext::cpu {
 namespace {
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 void copy_rows(char* dst, const char* src, int64_t rows, int64_t row_bytes, int64_t src_stride) {
   if (src_stride == row_bytes) {
     std::memcpy(dst, src, static_cast<size_t>(rows * row_bytes));
@@ -26,10 +24,10 @@ void copy_rows(char* dst, const char* src, int64_t rows, int64_t row_bytes, int6
 
 void append(const AppendParams& p, Parallel parallel) {
   const int64_t size = element_size(p.dtype);
-  const int64_t num_segments = int64_t{p.batch_size} * p.num_kv_heads;
+  const int64_t num_segments = int64_t{p.seg.batch_size} * p.seg.num_kv_heads;
   // One thread per 64 KiB or so: below that, waking one costs more than the copy.
   int64_t max_new = 1;
-  for (int32_t b = 0; b < p.batch_size; ++b) {
+  for (int32_t b = 0; b < p.seg.batch_size; ++b) {
     if (p.num_new[b] > max_new) max_new = p.num_new[b];
   }
   const int64_t segment_bytes = max_new * (p.head_dim + p.head_dim_v) * size;
@@ -37,10 +35,10 @@ void append(const AppendParams& p, Parallel parallel) {
 
   parallel(num_segments, grain, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
-      const int64_t b = s / p.num_kv_heads, h = s % p.num_kv_heads;
+      const int64_t b = s / p.seg.num_kv_heads, h = s % p.seg.num_kv_heads;
       const int64_t n = p.num_new[b], column = p.first[b];
       if (n == 0) continue;
-      const int64_t row = int64_t{p.cu_seqlens_k[s]} + p.seqused_k[s];
+      const int64_t row = int64_t{p.seg.cu_seqlens_k[s]} + p.seqused_k[s];
       const auto copy = [&](void* dst, const void* src, const int64_t* strides, int64_t dim) {
         const int64_t offset = b * strides[0] + h * strides[1] + column * strides[2];
         copy_rows(static_cast<char*>(dst) + row * dim * size,

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -18,48 +17,17 @@
 #include "dispatch.h"
 #include "kernels.h"
 #include "scalar.h"
+#include "scratch.h"
 
 namespace namm_ext::cpu {
 namespace {
 
-const AttendIsa& select_isa() {
+// By Isa.
+constexpr const AttendIsa* kVersions[] = {
+    &base::kAttend,
 #if defined(__x86_64__)
-  switch (current_isa()) {
-    case Isa::kAvx2:
-      return avx2::kAttend;
-    case Isa::kAvx512:
-      return avx512::kAttend;
-    case Isa::kAvx512Bf16:
-      return avx512bf16::kAttend;
-    case Isa::kAmx:
-      return amx::kAttend;
-    case Isa::kBase:
-      break;
-  }
+    &avx2::kAttend, &avx512::kAttend, &avx512bf16::kAttend, &amx::kAttend,
 #endif
-  return base::kAttend;
-}
-
-// Scratch memory of this thread, kept between calls.
-class Scratch {
- public:
-  char* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment)));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  int64_t size_ = 0;
 };
 
 thread_local Scratch scratch;
@@ -102,7 +70,7 @@ void merge(const AttendParams& p, const Split& split, const float* workspace) {
 }  // namespace
 
 void attend(const AttendParams& p, Parallel parallel) {
-  const AttendIsa& isa = select_isa();
+  const AttendIsa& isa = *version_in_force(kVersions);
   const int64_t num_segments = int64_t{p.seg.batch_size} * p.seg.num_kv_heads;
 
   std::vector<AttendTask> tasks;

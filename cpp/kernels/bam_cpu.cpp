@@ -17,22 +17,13 @@
 namespace namm_ext::cpu {
 namespace {
 
-const BamIsa& select_isa() {
+// By Isa.
+constexpr const BamIsa* kVersions[] = {
+    &base::kBam,
 #if defined(__x86_64__)
-  switch (current_isa()) {
-    case Isa::kAvx2:
-      return avx2::kBam;
-    case Isa::kAvx512:
-    case Isa::kAvx512Bf16:
-      return avx512::kBam;
-    case Isa::kAmx:
-      return amx::kBam;
-    case Isa::kBase:
-      break;
-  }
+    &avx2::kBam, &avx512::kBam, nullptr, &amx::kBam,
 #endif
-  return base::kBam;
-}
+};
 
 thread_local Scratch scratch;
 thread_local Scratch folded_memory;
@@ -47,7 +38,7 @@ struct Task {
 }  // namespace
 
 void bam_scores(const ScoreParams& p, Parallel parallel) {
-  const BamIsa& isa = select_isa();
+  const BamIsa& isa = *version_in_force(kVersions);
   std::vector<int32_t> slot(static_cast<size_t>(p.num_candidates), -1);  // of a folded candidate
   std::vector<int32_t> used;
   std::vector<Task> token_tasks, row_tasks;

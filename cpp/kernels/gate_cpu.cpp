@@ -15,18 +15,18 @@ namespace {
 thread_local Scratch scratch;
 
 // By Isa.
-const GateRows kVersions[] = {
-    base::kGateRows,
+constexpr const GateRows* kVersions[] = {
+    &base::kGateRows,
 #if defined(__x86_64__)
-    avx2::kGateRows,
-    avx512::kGateRows,
+    &avx2::kGateRows,
+    &avx512::kGateRows,
 #endif
 };
 
 }  // namespace
 
 void gate(const GateParams& p, Parallel parallel) {
-  const GateRows rows = version_in_force(kVersions);
+  const GateRows rows = *version_in_force(kVersions);
   const int64_t stride = (p.num_inputs + kGateMaxLanes - 1) / kGateMaxLanes * kGateMaxLanes;
   const int64_t tasks_per_row = (int64_t{p.num_new} + kGateTokens - 1) / kGateTokens;
   // One thread per 2^17 multiply-adds or so: below that, waking one costs more.

@@ -27,19 +27,20 @@ FeatureScale feature_scale(const ScoreParams& p) {
   return scale;
 }
 
-MlpScore score_function() {
+// By Isa.
+constexpr const MlpScore* kVersions[] = {
+    &base::kMlpScore,
 #if defined(__x86_64__)
-  if (current_isa() >= Isa::kAvx512) return avx512::kMlpScore;
-  if (current_isa() >= Isa::kAvx2) return avx2::kMlpScore;
+    &avx2::kMlpScore,
+    &avx512::kMlpScore,
 #endif
-  return base::kMlpScore;
-}
+};
 
 }  // namespace
 
 void mlp_scores(const ScoreParams& p, Parallel parallel) {
   const FeatureScale scale = feature_scale(p);
-  const MlpScore score = score_function();
+  const MlpScore score = *version_in_force(kVersions);
   const int64_t num_segments = int64_t{p.seg.batch_size} * p.seg.num_kv_heads;
   parallel.each(num_segments, [&](int64_t s) {
     const int64_t b = s / p.seg.num_kv_heads;

@@ -61,8 +61,6 @@ inline void store(Half* p, float x) {
   p->bits = static_cast<uint16_t>(sign | half);
 }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // Calls f with a null pointer of the storage type.
 template <class F>
 void with_type(DType dtype, F&& f) {

@@ -18,23 +18,13 @@
 namespace namm_ext::cpu {
 namespace {
 
-const WindowIsa& select_isa() {
+// By Isa.
+constexpr const WindowIsa* kVersions[] = {
+    &base::kWindow,
 #if defined(__x86_64__)
-  switch (current_isa()) {
-    case Isa::kAvx2:
-      return avx2::kWindow;
-    case Isa::kAvx512:
-      return avx512::kWindow;
-    case Isa::kAvx512Bf16:
-      return avx512bf16::kWindow;
-    case Isa::kAmx:
-      return amx::kWindow;
-    case Isa::kBase:
-      break;
-  }
+    &avx2::kWindow, &avx512::kWindow, &avx512bf16::kWindow, &amx::kWindow,
 #endif
-  return base::kWindow;
-}
+};
 
 thread_local Scratch scratch;
 thread_local Scratch workspace;
@@ -88,7 +78,7 @@ void for_each_tile(const Window& w, const WindowIsa& isa, int32_t first_row, Par
 }  // namespace
 
 void spectrogram(const SpectrogramParams& p, Parallel parallel) {
-  const WindowIsa& isa = select_isa();
+  const WindowIsa& isa = *version_in_force(kVersions);
   for_each_tile(
       p.window, isa, 0, parallel,
       [&](const Tile& tile, const char* packed, char* memory) {
@@ -101,7 +91,7 @@ void spectrogram(const SpectrogramParams& p, Parallel parallel) {
 }
 
 void attention_received(const ReceivedParams& p, Parallel parallel) {
-  const WindowIsa& isa = select_isa();
+  const WindowIsa& isa = *version_in_force(kVersions);
   for_each_tile(
       p.window, isa, p.first_row, parallel,
       [&](const Tile& tile, const char* packed, char* memory) {

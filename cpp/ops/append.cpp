@@ -1,12 +1,13 @@
 #include "check.h"
-#include "checks.h"
+#include "prepare.h"
 
 namespace namm_ext {
 
-AppendParams check_append(const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& state,
-                          const Tensor& seqused_k, const Tensor& cu_seqlens_k, const Tensor& k_new,
-                          const Tensor& v_new, const Tensor& first, const Tensor& num_new,
-                          const Tensor& pos_first) {
+Prepared<AppendParams, Nothing> prepare_append(const Tensor& k, const Tensor& v, const Tensor& pos,
+                                               const Tensor& state, const Tensor& seqused_k,
+                                               const Tensor& cu_seqlens_k, const Tensor& k_new,
+                                               const Tensor& v_new, const Tensor& first,
+                                               const Tensor& num_new, const Tensor& pos_first) {
   const Check check("append_", k, "k");
   AppendParams p{};
   p.dtype = check.cache_dtype(k, "k");
@@ -20,7 +21,7 @@ AppendParams check_append(const Tensor& k, const Tensor& v, const Tensor& pos, c
   check.rows(k_new, "k_new", dtype, {-1, -1, -1, head_dim});
   const int64_t batch_size = k_new.size(0), num_kv_heads = k_new.size(1);
   check.rows(v_new, "v_new", dtype, {batch_size, num_kv_heads, k_new.size(2), head_dim_v});
-  const Segments seg = check.segments(cu_seqlens_k, seqused_k, batch_size, capacity);
+  p.seg = check.segments(cu_seqlens_k, seqused_k, batch_size, capacity);
   check.shape(seqused_k, "seqused_k", {batch_size * num_kv_heads});
   check.dense(first, "first", ScalarType::Int, {batch_size});
   check.dense(num_new, "num_new", ScalarType::Int, {batch_size});
@@ -31,7 +32,6 @@ AppendParams check_append(const Tensor& k, const Tensor& v, const Tensor& pos, c
   p.pos = output<int32_t>(pos);
   p.state = output<float>(state);
   p.seqused_k = output<int32_t>(seqused_k);
-  p.cu_seqlens_k = seg.cu_seqlens_k;
   p.k_new = input<void>(k_new);
   p.v_new = input<void>(v_new);
   p.first = input<int32_t>(first);
@@ -39,13 +39,11 @@ AppendParams check_append(const Tensor& k, const Tensor& v, const Tensor& pos, c
   p.pos_first = input<int32_t>(pos_first);
   copy_strides(k_new, 3, p.k_new_strides);
   copy_strides(v_new, 3, p.v_new_strides);
-  p.batch_size = seg.batch_size;
-  p.num_kv_heads = seg.num_kv_heads;
   p.head_dim = check.size(head_dim, "head_dim");
   p.head_dim_v = check.size(head_dim_v, "head_dim_v");
   p.num_state = static_cast<int32_t>(state.size(1));
   p.num_cols = static_cast<int32_t>(k_new.size(2));
-  return p;
+  return {check.op(), capacity, p, {}};
 }
 
 }  // namespace namm_ext

@@ -1,12 +1,14 @@
 #include "check.h"
-#include "checks.h"
+#include "prepare.h"
 
 namespace namm_ext {
 
-AttendParams check_attend(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-                          const Tensor& v, const Tensor& pos, const Tensor& cu_seqlens_k,
-                          const Tensor& seqused_k, const Tensor& first, const Tensor& num_new,
-                          const Tensor& pos_first, double softmax_scale) {
+Prepared<AttendParams, Nothing> prepare_attend(const Tensor& out, const Tensor& lse,
+                                               const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const Tensor& pos, const Tensor& cu_seqlens_k,
+                                               const Tensor& seqused_k, const Tensor& first,
+                                               const Tensor& num_new, const Tensor& pos_first,
+                                               double softmax_scale) {
   const Check check("attend_", q, "q");
   AttendParams p{};
   p.dtype = check.cache_dtype(q, "q");
@@ -46,7 +48,7 @@ AttendParams check_attend(const Tensor& out, const Tensor& lse, const Tensor& q,
   p.head_dim_v = check.size(head_dim_v, "head_dim_v");
   p.num_cols = static_cast<int32_t>(num_cols);
   p.softmax_scale = check.finite(softmax_scale, "softmax_scale");
-  return p;
+  return {check.op(), capacity, p, {}};
 }
 
 }  // namespace namm_ext

@@ -1,4 +1,4 @@
-// The vocabulary of the check functions: each line checks one fact of one argument and says
+// The vocabulary of the prepare functions: each line checks one fact of one argument and says
 // "op: argument must be X, got Y".
 #pragma once
 
@@ -61,6 +61,16 @@ std::string to_string(const Sizes& sizes) {
 
 inline std::string device_name(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
+}
+
+template <class T>
+const T* input(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* output(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 class Check {
@@ -155,8 +165,7 @@ class Check {
                     ": seqused_k must have a positive multiple of ", batch_size,
                     " (batch_size) elements, got ", num_segments);
     dense(cu_seqlens_k, "cu_seqlens_k", ScalarType::Int, {num_segments + 1});
-    return {static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr()),
-            static_cast<const int32_t*>(seqused_k.const_data_ptr()), size(batch_size, "batch_size"),
+    return {input<int32_t>(cu_seqlens_k), input<int32_t>(seqused_k), size(batch_size, "batch_size"),
             size(num_segments / batch_size, "num_kv_heads")};
   }
 
@@ -167,16 +176,6 @@ class Check {
   const Tensor& anchor_;
   const char* anchor_name_;
 };
-
-template <class T>
-const T* input(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* output(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 inline void copy_strides(const Tensor& t, int count, int64_t* strides) {
   for (int i = 0; i < count; ++i) strides[i] = t.stride(i);

@@ -1,15 +1,17 @@
+#include <torch/csrc/stable/ops.h>
+
 #include "check.h"
-#include "checks.h"
+#include "prepare.h"
 
 namespace namm_ext {
 
-CompactParams check_compact(const Tensor& k, const Tensor& v, const Tensor& pos,
-                            const Tensor& state, const Tensor& cu_seqlens_k,
-                            const Tensor& seqused_k, const Tensor& keep, const Tensor& num_kept,
-                            const Tensor& cu_seqlens_new, int64_t capacity) {
+Prepared<CompactParams, std::tuple<Tensor, Tensor, Tensor, Tensor>> prepare_compact(
+    const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& state,
+    const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& keep, const Tensor& num_kept,
+    const Tensor& cu_seqlens_new, int64_t capacity) {
   const Check check("compact", k, "k");
   CompactParams p{};
-  const int64_t element_size = check.cache_dtype(k, "k") == DType::kFloat32 ? 4 : 2;
+  const int64_t size = element_size(check.cache_dtype(k, "k"));
   check.dense(k, "k", k.scalar_type(), {-1, -1});
   const int64_t rows = k.size(0);
   check.dense(v, "v", k.scalar_type(), {rows, -1});
@@ -30,10 +32,20 @@ CompactParams check_compact(const Tensor& k, const Tensor& v, const Tensor& pos,
   p.v = input<void>(v);
   p.pos = input<int32_t>(pos);
   p.state = input<float>(state);
-  p.k_row_bytes = k.size(1) * element_size;
-  p.v_row_bytes = v.size(1) * element_size;
+  p.k_row_bytes = k.size(1) * size;
+  p.v_row_bytes = v.size(1) * size;
   p.num_state = static_cast<int32_t>(state.size(1));
-  return p;
+  p.capacity_new = static_cast<int32_t>(capacity);
+
+  const Tensor k_out = torch::stable::new_empty(k, {capacity, k.size(1)});
+  const Tensor v_out = torch::stable::new_empty(v, {capacity, v.size(1)});
+  const Tensor pos_out = torch::stable::new_empty(pos, {capacity});
+  const Tensor state_out = torch::stable::new_empty(state, {capacity, state.size(1)});
+  p.k_out = output<void>(k_out);
+  p.v_out = output<void>(v_out);
+  p.pos_out = output<int32_t>(pos_out);
+  p.state_out = output<float>(state_out);
+  return {check.op(), rows, p, {k_out, v_out, pos_out, state_out}};
 }
 
 }  // namespace namm_ext

@@ -1,12 +1,14 @@
 #include "check.h"
-#include "checks.h"
+#include "prepare.h"
 
 namespace namm_ext {
 
-GateParams check_gate(const Tensor& state, const Tensor& k, const Tensor& v, const Tensor& pos,
-                      const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& active,
-                      const Tensor& weight, const Tensor& bias, int64_t num_new, int64_t rotary_dim,
-                      bool interleaved, double eps) {
+Prepared<GateParams, Nothing> prepare_gate(const Tensor& state, const Tensor& k, const Tensor& v,
+                                           const Tensor& pos, const Tensor& cu_seqlens_k,
+                                           const Tensor& seqused_k, const Tensor& active,
+                                           const Tensor& weight, const Tensor& bias,
+                                           int64_t num_new, int64_t rotary_dim, bool interleaved,
+                                           double eps) {
   const Check check("gate_", k, "k");
   GateParams p{};
   p.dtype = check.cache_dtype(k, "k");
@@ -34,14 +36,14 @@ GateParams check_gate(const Tensor& state, const Tensor& k, const Tensor& v, con
   p.k = input<void>(k);
   p.v = input<void>(v);
   p.pos = input<int32_t>(pos);
-  p.active = static_cast<const uint8_t*>(active.const_data_ptr());
+  p.active = input<uint8_t>(active);
   p.weight = input<float>(weight);
   p.bias = input<float>(bias);
   p.state = output<float>(state);
   p.num_new = static_cast<int32_t>(num_new);
   p.rotary_dim = static_cast<int32_t>(rotary_dim);
   p.interleaved = interleaved;
-  return p;
+  return {check.op(), capacity, p, {}};
 }
 
 }  // namespace namm_ext

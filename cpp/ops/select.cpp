@@ -1,12 +1,14 @@
+#include <torch/csrc/stable/ops.h>
+
 #include "check.h"
-#include "checks.h"
+#include "prepare.h"
 
 namespace namm_ext {
 
-SelectParams check_select(const Tensor& scores, const Tensor& pos, const Tensor& cu_seqlens_k,
-                          const Tensor& seqused_k, const Tensor& active, double threshold,
-                          int64_t cache_size, const std::string& budget, bool fill,
-                          bool protect_newest, int64_t sink_tokens, int64_t recent_tokens) {
+Prepared<SelectParams, std::tuple<Tensor, Tensor>> prepare_select(
+    const Tensor& scores, const Tensor& pos, const Tensor& cu_seqlens_k, const Tensor& seqused_k,
+    const Tensor& active, double threshold, int64_t cache_size, const std::string& budget,
+    bool fill, bool protect_newest, int64_t sink_tokens, int64_t recent_tokens) {
   const Check check("select", scores, "scores");
   SelectParams p{};
   check.dense(scores, "scores", ScalarType::Float, {-1});
@@ -28,7 +30,7 @@ SelectParams check_select(const Tensor& scores, const Tensor& pos, const Tensor&
 
   p.scores = input<float>(scores);
   p.pos = input<int32_t>(pos);
-  p.active = static_cast<const uint8_t*>(active.const_data_ptr());
+  p.active = input<uint8_t>(active);
   p.threshold = static_cast<float>(threshold);
   p.cache_size = static_cast<int32_t>(cache_size);
   p.budget = budget == "per_head" ? Budget::kPerHead : Budget::kPerLayer;
@@ -36,7 +38,12 @@ SelectParams check_select(const Tensor& scores, const Tensor& pos, const Tensor&
   p.protect_newest = protect_newest;
   p.sink_tokens = static_cast<int32_t>(sink_tokens);
   p.recent_tokens = static_cast<int32_t>(recent_tokens);
-  return p;
+
+  const Tensor keep = torch::stable::new_empty(scores, scores.sizes(), ScalarType::Byte);
+  const Tensor num_kept = torch::stable::new_empty(seqused_k, seqused_k.sizes());
+  p.keep = output<uint8_t>(keep);
+  p.num_kept = output<int32_t>(num_kept);
+  return {check.op(), scores.size(0), p, {keep, num_kept}};
 }
 
 }  // namespace namm_ext

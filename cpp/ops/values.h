@@ -8,13 +8,15 @@
 
 namespace namm_ext {
 
-// capacity: rows of the store. num_cols: L.
-void check_values(const AppendParams& params, int64_t capacity, int64_t num_cols);
-void check_values(const AttendParams& params, int64_t capacity);
-void check_values(const char* op, const Segments& seg, int64_t capacity);
+// capacity: rows of the store. Of GateParams linear in the new rows, of
+// CompactParams in the live ones.
+void check_values(const char* op, const AppendParams& params, int64_t capacity);
+void check_values(const char* op, const AttendParams& params, int64_t capacity);
+void check_values(const char* op, const SpectrogramParams& params, int64_t capacity);
+void check_values(const char* op, const ReceivedParams& params, int64_t capacity);
 void check_values(const char* op, const ScoreParams& params, int64_t capacity);
-void check_values(const GateParams& params, int64_t capacity);
-// capacity, capacity_new: rows of the old and of the new store. Linear in the live rows.
-void check_values(const CompactParams& params, int64_t capacity, int64_t capacity_new);
+void check_values(const char* op, const GateParams& params, int64_t capacity);
+void check_values(const char* op, const SelectParams& params, int64_t capacity);
+void check_values(const char* op, const CompactParams& params, int64_t capacity);
 
 }  // namespace namm_ext

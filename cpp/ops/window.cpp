@@ -1,5 +1,7 @@
+#include <torch/csrc/stable/ops.h>
+
 #include "check.h"
-#include "checks.h"
+#include "prepare.h"
 
 namespace namm_ext {
 namespace {
@@ -33,7 +35,7 @@ Window check_window(const Check& check, const Tensor& q_window, const Tensor& ls
   w.k = input<void>(k);
   w.pos = input<int32_t>(pos);
   w.pos_q = input<int32_t>(pos_q);
-  w.active = static_cast<const uint8_t*>(active.const_data_ptr());
+  w.active = input<uint8_t>(active);
   copy_strides(q_window, 3, w.q_strides);
   copy_strides(lse_window, 2, w.lse_strides);
   w.num_groups = static_cast<int32_t>(num_heads / w.seg.num_kv_heads);
@@ -45,11 +47,10 @@ Window check_window(const Check& check, const Tensor& q_window, const Tensor& ls
 
 }  // namespace
 
-SpectrogramParams check_spectrogram(const Tensor& q_window, const Tensor& lse_window,
-                                    const Tensor& k, const Tensor& pos, const Tensor& state,
-                                    const Tensor& cu_seqlens_k, const Tensor& seqused_k,
-                                    const Tensor& pos_q, const Tensor& active, double softmax_scale,
-                                    double ema_coeff) {
+Prepared<SpectrogramParams, Tensor> prepare_spectrogram(
+    const Tensor& q_window, const Tensor& lse_window, const Tensor& k, const Tensor& pos,
+    const Tensor& state, const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& pos_q,
+    const Tensor& active, double softmax_scale, double ema_coeff) {
   const Check check("spectrogram", q_window, "q_window");
   SpectrogramParams p{};
   p.window = check_window(check, q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q,
@@ -59,14 +60,16 @@ SpectrogramParams check_spectrogram(const Tensor& q_window, const Tensor& lse_wi
                   "spectrogram: ema_coeff must be in [0, 1], got ", ema_coeff);
   p.state = input<float>(state);
   p.ema_coeff = ema_coeff;
-  return p;
+
+  const Tensor state_out = torch::stable::new_empty(state, state.sizes());
+  p.state_out = output<float>(state_out);
+  return {check.op(), k.size(0), p, state_out};
 }
 
-ReceivedParams check_attention_received(const Tensor& q_window, const Tensor& lse_window,
-                                        const Tensor& k, const Tensor& pos,
-                                        const Tensor& cu_seqlens_k, const Tensor& seqused_k,
-                                        const Tensor& pos_q, const Tensor& active,
-                                        double softmax_scale, int64_t first_row) {
+Prepared<ReceivedParams, Tensor> prepare_attention_received(
+    const Tensor& q_window, const Tensor& lse_window, const Tensor& k, const Tensor& pos,
+    const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& pos_q, const Tensor& active,
+    double softmax_scale, int64_t first_row) {
   const Check check("attention_received", q_window, "q_window");
   ReceivedParams p{};
   p.window = check_window(check, q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q,
@@ -75,7 +78,10 @@ ReceivedParams check_attention_received(const Tensor& q_window, const Tensor& ls
                   "attention_received: first_row must be in [0, ", p.window.num_rows, "], got ",
                   first_row);
   p.first_row = static_cast<int32_t>(first_row);
-  return p;
+
+  const Tensor received = torch::stable::new_empty(lse_window, {k.size(0)});
+  p.received = output<float>(received);
+  return {check.op(), k.size(0), p, received};
 }
 
 }  // namespace namm_ext

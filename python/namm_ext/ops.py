@@ -34,6 +34,30 @@ _ops = torch.ops.namm_ext
 _float64 = torch.float64
 
 
+def _check_gradients(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+    if torch._C._any_requires_grad(*args):
+        names = [argument.name for argument in op._schema.arguments]
+        guilty = next(
+            name
+            for name, value in zip(names, args, strict=False)
+            if isinstance(value, Tensor) and value.requires_grad
+        )
+        raise RuntimeError(
+            f"{op._schema.name.partition('::')[2]}: {guilty} must not require grad, got "
+            "requires_grad=True; the op is not differentiable, call it under torch.no_grad()"
+        )
+
+
+def _call(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Dispatch below autograd, whose kernel is in Python and takes longer than a small op."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return op(*args)  # inference mode passes below autograd by itself
+    if torch.is_grad_enabled():
+        _check_gradients(op, args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def append_(
     segments: Segments,
     k_new: Tensor,
@@ -74,9 +98,10 @@ def append_(
     if k.dtype is _float64 or state.dtype is _float64:
         reference.append_(segments, k_new, v_new, first, num_new, pos_first)
         return
-    _ops.append_.default(
-        k, v, pos, state, seqused_k, cu_seqlens_k, k_new, v_new, first, num_new, pos_first
-    )
+    _call(
+        _ops.append_.default, k, v, pos, state, seqused_k, cu_seqlens_k, k_new, v_new, first,
+        num_new, pos_first,
+    )  # fmt: skip
 
 
 def attend_(
@@ -127,9 +152,10 @@ def attend_(
         )
         return
     k, v, pos, _, cu_seqlens_k, seqused_k = segments
-    _ops.attend_.default(
-        out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new, pos_first, softmax_scale
-    )
+    _call(
+        _ops.attend_.default, out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new,
+        pos_first, softmax_scale,
+    )  # fmt: skip
 
 
 def attend(
@@ -223,9 +249,10 @@ def spectrogram(
         return reference.spectrogram(
             window, segments, softmax_scale=softmax_scale, ema_coeff=ema_coeff
         )
-    return _ops.spectrogram.default(
-        q, lse, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active, softmax_scale, ema_coeff
-    )
+    return _call(
+        _ops.spectrogram.default, q, lse, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active,
+        softmax_scale, ema_coeff,
+    )  # fmt: skip
 
 
 def attention_received(
@@ -267,9 +294,10 @@ def attention_received(
             window, segments, softmax_scale=softmax_scale, first_row=first_row
         )
     k, _, pos, _, cu_seqlens_k, seqused_k = segments
-    return _ops.attention_received.default(
-        q, lse, k, pos, cu_seqlens_k, seqused_k, pos_q, active, softmax_scale, first_row
-    )
+    return _call(
+        _ops.attention_received.default, q, lse, k, pos, cu_seqlens_k, seqused_k, pos_q, active,
+        softmax_scale, first_row,
+    )  # fmt: skip
 
 
 def bam_scores(
@@ -322,9 +350,9 @@ def bam_scores(
             segments, params, param_index, mean, var, active,
             log_transform=log_transform, log_eps=log_eps,
         )  # fmt: skip
-    return _ops.bam_scores.default(
-        state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
-        log_transform, log_eps,
+    return _call(
+        _ops.bam_scores.default, state, pos, cu_seqlens_k, seqused_k, params, param_index, mean,
+        var, active, log_transform, log_eps,
     )  # fmt: skip
 
 
@@ -387,9 +415,9 @@ def mlp_scores(
             log_transform=log_transform, log_eps=log_eps, hidden=hidden, depth=depth, bias=bias,
             residual_first=residual_first,
         )  # fmt: skip
-    return _ops.mlp_scores.default(
-        state, pos, cu_seqlens_k, seqused_k, params, param_index, mean, var, active,
-        log_transform, log_eps, hidden, depth, bias, residual_first,
+    return _call(
+        _ops.mlp_scores.default, state, pos, cu_seqlens_k, seqused_k, params, param_index, mean,
+        var, active, log_transform, log_eps, hidden, depth, bias, residual_first,
     )  # fmt: skip
 
 
@@ -450,8 +478,8 @@ def gate_(
             num_new=num_new, rotary_dim=rotary_dim, interleaved=interleaved, eps=eps,
         )  # fmt: skip
         return
-    _ops.gate_.default(
-        state, k, v, pos, cu_seqlens_k, seqused_k, active, weight, bias,
+    _call(
+        _ops.gate_.default, state, k, v, pos, cu_seqlens_k, seqused_k, active, weight, bias,
         num_new, rotary_dim, interleaved, eps,
     )  # fmt: skip
 
@@ -516,9 +544,9 @@ def select(
             protect_newest=protect_newest, sink_tokens=sink_tokens, recent_tokens=recent_tokens,
         )  # fmt: skip
     _, _, pos, _, cu_seqlens_k, seqused_k = segments
-    return _ops.select.default(
-        scores, pos, cu_seqlens_k, seqused_k, active, threshold, cache_size, budget, fill,
-        protect_newest, sink_tokens, recent_tokens,
+    return _call(
+        _ops.select.default, scores, pos, cu_seqlens_k, seqused_k, active, threshold, cache_size,
+        budget, fill, protect_newest, sink_tokens, recent_tokens,
     )  # fmt: skip
 
 
@@ -563,9 +591,10 @@ def compact(
     k, v, pos, state, cu_seqlens_k, seqused_k = segments
     if k.dtype is _float64 or state.dtype is _float64:
         return reference.compact(segments, keep, num_kept, cu_seqlens_new, capacity=capacity)
-    tokens = _ops.compact.default(
-        k, v, pos, state, cu_seqlens_k, seqused_k, keep, num_kept, cu_seqlens_new, capacity
-    )
+    tokens = _call(
+        _ops.compact.default, k, v, pos, state, cu_seqlens_k, seqused_k, keep, num_kept,
+        cu_seqlens_new, capacity,
+    )  # fmt: skip
     return Segments._make((*tokens, cu_seqlens_new, num_kept))
 
 
@@ -656,20 +685,12 @@ _library = torch.library.Library("namm_ext", "IMPL")
 
 
 def _refuse_gradients(name: str) -> None:
+    """For calls of ``torch.ops`` and under torch.compile; ``_call`` passes below it."""
     op = getattr(_ops, name).default
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            names = [a.name for a in op._schema.arguments]
-            guilty = next(
-                n
-                for n, a in zip(names, args, strict=False)
-                if isinstance(a, Tensor) and a.requires_grad
-            )
-            raise RuntimeError(
-                f"{name}: {guilty} must not require grad, got requires_grad=True; "
-                "the op is not differentiable, call it under torch.no_grad()"
-            )
+        if torch.is_grad_enabled():
+            _check_gradients(op, args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)

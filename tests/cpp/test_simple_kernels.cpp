@@ -28,23 +28,22 @@ void run(int32_t length) {
   const std::vector<float> rows(length * kDim, 2.0f);
 
   AppendParams a{};
+  a.seg = {cu.data(), used.data(), 1, 1};
   a.k = k.data();
   a.v = v.data();
   a.pos = pos.data();
   a.state = state.data();
   a.seqused_k = used.data();
-  a.cu_seqlens_k = cu.data();
   a.k_new = a.v_new = rows.data();
   a.first = a.pos_first = zero.data();
   a.num_new = all.data();
   a.k_new_strides[2] = a.v_new_strides[2] = kDim;
-  a.batch_size = a.num_kv_heads = 1;
   a.head_dim = a.head_dim_v = kDim;
   a.num_state = kNumBins;
   cpu::append(a, kSerial);
   expect(used[0] == length && k == rows && v == rows, "append", length);
 
-  const Segments seg = {cu.data(), used.data(), 1, 1};
+  const Segments seg = a.seg;
   std::vector<float> scores(length);
   const std::vector<float> params(kNumFeatures, 0.5f), mean(kNumBins), var(kNumBins, 1.0f);
   ScoreParams s{};
@@ -126,6 +125,7 @@ void run(int32_t length) {
   c.state_out = state_out.data();
   c.k_row_bytes = c.v_row_bytes = kDim * sizeof(float);
   c.num_state = kNumBins;
+  c.capacity_new = expected;
   cpu::compact(c, kSerial);
   expect(length == 0 || pos_out[expected - 1] == length - 1, "compact", length);
 }

@@ -62,9 +62,10 @@ def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
 Segments = _struct("Segments", ("cu_seqlens_k seqused_k", P), ("batch_size num_kv_heads", I32))
 AppendParams = _struct(
     "AppendParams",
-    ("k v pos state seqused_k cu_seqlens_k k_new v_new first num_new pos_first", P),
+    ("seg", Segments),
+    ("k v pos state seqused_k k_new v_new first num_new pos_first", P),
     ("k_new_strides v_new_strides", I64 * 3),
-    ("batch_size num_kv_heads head_dim head_dim_v num_state num_cols dtype", I32),
+    ("head_dim head_dim_v num_state num_cols dtype", I32),
 )
 AttendParams = _struct(
     "AttendParams",
@@ -124,7 +125,7 @@ CompactParams = _struct(
     ("seg", Segments),
     ("cu_seqlens_new keep num_kept k v pos state k_out v_out pos_out state_out", P),
     ("k_row_bytes v_row_bytes", I64),
-    ("num_state", I32),
+    ("num_state capacity_new", I32),
 )
 STRUCTS = {
     "append": AppendParams,

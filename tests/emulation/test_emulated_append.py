@@ -56,10 +56,9 @@ def run(store: values.Segments, new: New, order: tuple[int, int] = (0, 0)) -> va
     num_new, pos_first = emulated.guarded(new.num_new), emulated.guarded(new.pos_first)
     ptr = emulated.pointer
     params = emulated.AppendParams(
-        ptr(got.k), ptr(got.v), ptr(got.pos), ptr(got.state), ptr(got.seqused_k),
-        ptr(got.cu_seqlens_k), ptr(k_new), ptr(new.v), ptr(first), ptr(num_new), ptr(pos_first),
+        emulated.segments(got, first.numel()),
+        *(ptr(t) for t in (*got.tokens, got.seqused_k, k_new, new.v, first, num_new, pos_first)),
         k_new.stride()[:3], new.v.stride()[:3],
-        first.numel(), got.seqused_k.numel() // first.numel(),
         store.k.shape[1], store.v.shape[1], store.state.shape[1], k_new.shape[2],
         emulated.DTYPES[store.k.dtype],
     )  # fmt: skip

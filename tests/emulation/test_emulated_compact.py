@@ -32,6 +32,7 @@ def run(
         store.k.shape[1] * store.k.element_size(),
         store.v.shape[1] * store.v.element_size(),
         store.state.shape[1],
+        capacity,
     )
     emulated.launch("compact", params, launch_capacity or store.capacity, order=order)
     return store._make((*outputs, cu_new, num_kept))

@@ -39,6 +39,8 @@ constexpr float kLogClamp = 20.0f;  // |z| limit under feature_transform = "log"
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+constexpr int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // Where the segments of one layer lie.
 struct Segments {
   const int32_t* cu_seqlens_k;  // [S + 1] slot boundaries, increasing, starts with 0
@@ -51,20 +53,20 @@ struct Segments {
 // Row b brings columns [first[b], first[b] + num_new[b]) of k_new / v_new; the i-th of them gets
 // pos = pos_first[b] + i and a zero state. seqused_k grows by num_new[b] in all segments of row b.
 struct AppendParams {
-  void* k;                      // [C, D] dtype, contiguous rows
-  void* v;                      // [C, Dv] dtype
-  int32_t* pos;                 // [C]
-  float* state;                 // [C, F]; F may be 0
-  int32_t* seqused_k;           // [S], written
-  const int32_t* cu_seqlens_k;  // [S + 1]
-  const void* k_new;            // [B, H, L, D] dtype
-  const void* v_new;            // [B, H, L, Dv] dtype
-  const int32_t* first;         // [B]
-  const int32_t* num_new;       // [B]
-  const int32_t* pos_first;     // [B]
-  int64_t k_new_strides[3];     // of dimensions 0, 1, 2
+  Segments seg;
+  void* k;                   // [C, D] dtype, contiguous rows
+  void* v;                   // [C, Dv] dtype
+  int32_t* pos;              // [C]
+  float* state;              // [C, F]; F may be 0
+  int32_t* seqused_k;        // [S], that of seg, to be written
+  const void* k_new;         // [B, H, L, D] dtype
+  const void* v_new;         // [B, H, L, Dv] dtype
+  const int32_t* first;      // [B]
+  const int32_t* num_new;    // [B]
+  const int32_t* pos_first;  // [B]
+  int64_t k_new_strides[3];  // of dimensions 0, 1, 2
   int64_t v_new_strides[3];
-  int32_t batch_size, num_kv_heads, head_dim, head_dim_v, num_state, num_cols;  // num_cols = L
+  int32_t head_dim, head_dim_v, num_state, num_cols;  // num_cols = L
   DType dtype;
 };
 
@@ -203,6 +205,7 @@ struct CompactParams {
   float* state_out;               // [C', F]
   int64_t k_row_bytes, v_row_bytes;
   int32_t num_state;
+  int32_t capacity_new;  // C', rows of the new store
 };
 
 }  // namespace namm_ext
