@@ -168,4 +168,5 @@ def test_bundled_policies(monkeypatch, tmp_path):
 
 def test_every_bundled_policy_loads():
     for name in policy.bundled_policies():
-        assert NAMM.from_pretrained(f"bundled:{name}").params.abs().max() > 0, name
+        namm = NAMM.from_pretrained(f"bundled:{name}")
+        assert namm.gate is not None or namm.params.any(), name
