@@ -11,6 +11,7 @@ from namm_ext.budget import Budget
 from namm_ext.cache import NAMMCache, cache_keyword
 from namm_ext.fitting import (
     AttentionFitConfig,
+    Checkpoint,
     FitConfig,
     Later,
     Text,
@@ -127,6 +128,32 @@ def test_gate_is_the_ridge_of_its_inputs():
     assert (found.num_tokens, found.num_held_out) == (192, 1)
     with pytest.raises(ValueError, match="held_out must be at least 1"):
         fit_gate(model, texts, held_out=4)
+
+
+def test_an_interrupted_gate_fit_goes_on(tmp_path):
+    model = _model()
+    texts = [Text(_ids(32, i), (Later(_ids(32, 100 + i)),)) for i in range(20)]
+    whole = fit_gate(model, texts, held_out=1)
+    path = tmp_path / "gate.npz"
+
+    def stop(number):
+        if number == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_gate(model, texts, held_out=1, checkpoint=Checkpoint(path, model, texts), on_text=stop)
+    read = []
+    again = fit_gate(
+        model, texts, held_out=1, checkpoint=Checkpoint(path, model, texts), on_text=read.append
+    )
+    assert read[0] == 9
+    assert torch.equal(again.gate.weight, whole.gate.weight)
+    assert again.num_tokens == whole.num_tokens
+    with pytest.raises(ValueError, match="another model or to other texts"):
+        Checkpoint(path, model, texts[1:]).load()
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="damaged"):
+        Checkpoint(path, model, texts).load()
 
 
 def test_fit_quality_of_a_perfect_and_a_constant_guess():

@@ -18,6 +18,8 @@ from .shared import DType, Policy, Threads, load_model, load_policy, make_consol
 if TYPE_CHECKING:
     from ..fitting import Text
 
+#: What an interrupted fit goes on from.
+STATE_FILE = "gate.npz"
 #: Subfolder of the memory without its scorer.
 GATE_ALONE = "gate-alone"
 
@@ -58,9 +60,13 @@ def fit(
     dtype: DType = "float32",
     threads: Threads = None,
 ) -> None:
-    """Fit a memory to a model: a gate, a scorer of attention, and the offsets of its heads."""
+    """Fit a memory to a model: a gate, a scorer of attention, and the offsets of its heads.
+
+    Ctrl-C stops the fit, and the same command goes on with the gate.
+    """
     set_threads(threads)
-    from ..fitting import FitConfig, fit
+    from .._files import lock_folder
+    from ..fitting import Checkpoint, FitConfig, fit
 
     console = make_console()
     loaded, tokenizer, name = load_model(model, dtype)
@@ -72,9 +78,11 @@ def fit(
         gate=gate,
         attention=replace(config.attention, seed=seed),
     )
-    with _progress(console) as on_step:
-        found = fit(loaded, texts, config, on_step=on_step)
+    with lock_folder(output), _progress(console) as on_step:
+        checkpoint = Checkpoint(output / STATE_FILE, loaded, texts)
+        found = fit(loaded, texts, config, checkpoint=checkpoint, on_step=on_step)
     found.policy.save_pretrained(output)
+    checkpoint.remove()
     if found.gate_alone is not None:
         found.gate_alone.save_pretrained(output / GATE_ALONE)
     report = {

@@ -2,6 +2,7 @@
 
 from .attention import AttentionFitConfig, fit_attention
 from .calibrate import calibrate, calibrate_statistics, calibration_of, targets_of
+from .checkpoint import Checkpoint
 from .fit import Fit, FitConfig, fit
 from .gate import GateFit, fit_gate
 from .importance import IMPORTANCE_EPS, Later, LayerReading, Text, read_twice
@@ -10,6 +11,7 @@ from .texts import asked, folder_texts, repeated, training_texts
 __all__ = [
     "IMPORTANCE_EPS",
     "AttentionFitConfig",
+    "Checkpoint",
     "Fit",
     "FitConfig",
     "GateFit",

@@ -12,6 +12,7 @@ from ..config import NAMMConfig
 from ..policy import NAMM
 from .attention import AttentionFitConfig, fit_attention
 from .calibrate import calibrate
+from .checkpoint import Checkpoint
 from .gate import PENALTY, GateFit, fit_gate
 from .importance import Text
 
@@ -79,6 +80,7 @@ def fit(
     texts: Sequence[Text],
     config: FitConfig | None = None,
     *,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[str, float], None] = lambda *_: None,
 ) -> Fit:
     """Fit a memory to a model: gate in closed form, scorer by gradient, calibration.
@@ -87,6 +89,7 @@ def fit(
         model: a causal language model of transformers.
         texts: what to read (:func:`training_texts`, or :func:`repeated` for texts of one's own).
         config: how.
+        checkpoint: where the gate's fit goes on if it was interrupted.
         on_step: called with what is being done and the share of it that is done.
 
     Raises:
@@ -102,7 +105,7 @@ def fit(
     found = None
     if config.gate:
         found = fit_gate(
-            model, texts, penalty=config.penalty,
+            model, texts, penalty=config.penalty, checkpoint=checkpoint,
             on_text=lambda n: on_step("gate", n / len(texts)),
         )  # fmt: skip
     calibration = texts[-config.calibration_texts :]

@@ -13,6 +13,7 @@ from .. import reference
 from ..cache.families import decoder_config
 from ..policy import Gate
 from ..rotation import rotation_of
+from .checkpoint import EVERY, Checkpoint
 from .importance import LayerReading, Text, read_twice
 from .ridge import Ridge
 
@@ -47,6 +48,7 @@ def fit_gate(
     *,
     held_out: int | None = None,
     penalty: float = PENALTY,
+    checkpoint: Checkpoint | None = None,
     on_text: Callable[[int], None] = lambda _: None,
 ) -> GateFit:
     """Fit a linear gate: minutes on two cores for a hundred million parameters.
@@ -59,6 +61,7 @@ def fit_gate(
         texts: what to read; the kinds of text matter more than their number.
         held_out: how many of them, the last ones, judge the fit; None: a tenth, at least one.
         penalty: of the ridge regression.
+        checkpoint: where the fit goes on if it was interrupted; of the same model and texts.
         on_text: called with the number of texts read so far.
 
     Raises:
@@ -77,14 +80,16 @@ def fit_gate(
         k, v = layer.k.transpose(0, 1).float(), layer.v.transpose(0, 1).float()
         return reference.gate_inputs(k, v, rotary_dim=rotary_dim, interleaved=interleaved)
 
-    sums: list[Ridge] = []
-    for number, text in enumerate(texts[: len(texts) - held_out], start=1):
-        for i, layer in enumerate(read_twice(model, text)):
-            x, y = inputs(layer), layer.target.T
-            if i == len(sums):
-                sums.append(Ridge(x.shape[1], y.shape[1]))
-            sums[i].add(x, y)
-        on_text(number)
+    done, sums = (0, []) if checkpoint is None else checkpoint.load()
+    for text in texts[done : len(texts) - held_out]:
+        layers = read_twice(model, text)
+        sums = sums or [_sums_for(inputs(layer), layer) for layer in layers]
+        for ridge, layer in zip(sums, layers, strict=True):
+            ridge.add(inputs(layer), layer.target.T)
+        done += 1
+        if checkpoint is not None and (done % EVERY == 0 or done == len(texts) - held_out):
+            checkpoint.save(done, sums)
+        on_text(done)
     solved = [ridge.solve(penalty) for ridge in sums]
     weight, bias = (torch.stack(parts) for parts in zip(*solved, strict=True))
 
@@ -106,6 +111,10 @@ def fit_gate(
     return GateFit(
         gate, *fit_quality(guesses, targets), num_tokens=sums[0].count, num_held_out=held_out
     )
+
+
+def _sums_for(x: Tensor, layer: LayerReading) -> Ridge:
+    return Ridge(x.shape[1], layer.importance.shape[0])
 
 
 def fit_quality(guesses: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[float, float, float]:

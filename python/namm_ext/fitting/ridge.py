@@ -26,15 +26,15 @@ class Ridge:
         self.num_inputs = num_inputs
         size = num_inputs + num_outputs
         self.count = 0
-        self._sum = torch.zeros(size, dtype=torch.float64)
-        self._products = torch.zeros(size, size, dtype=torch.float64)
+        self.total = torch.zeros(size, dtype=torch.float64)
+        self.products = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in ``x [n, I]`` and ``y [n, O]``."""
         both = torch.cat([x, y], dim=1).double().cpu()
         self.count += both.shape[0]
-        self._sum += both.sum(0)
-        self._products += both.T @ both
+        self.total += both.sum(0)
+        self.products += both.T @ both
 
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
         """``weight [O, I]`` and ``bias [O]`` for inputs as they are, float32.
@@ -48,8 +48,8 @@ class Ridge:
         if self.count < 2:
             raise ValueError(f"Ridge: at least two rows must be added, got {self.count}")
         n = self.num_inputs
-        mean = self._sum / self.count
-        covariance = self._products / self.count - torch.outer(mean, mean)
+        mean = self.total / self.count
+        covariance = self.products / self.count - torch.outer(mean, mean)
         std = covariance.diagonal()[:n].clamp(min=1e-12).sqrt()
         xx = covariance[:n, :n] / torch.outer(std, std)
         xy = covariance[:n, n:] / std[:, None]
