@@ -117,8 +117,9 @@ def fit(
         )  # fmt: skip
 
     # What the scorer is fitted under: the gate alone, or offsets alone.
-    start = NAMM(config.namm, budget=config.budget)
-    if found is not None:
+    if found is None:
+        start = NAMM(config.namm, budget=config.budget)
+    else:
         alone = config.namm.replace(scorer="none")
         start = NAMM(alone, budget=config.budget, gate=found.gate)
     start = calibrated(start)
