@@ -49,6 +49,11 @@ class Baseline(Policy):
         """Scores, and the state as it was."""
         return self.score(ctx), ctx.segments.state
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether all layers share the budget by scores that nothing makes comparable yet."""
+        return self.budget.scope == "global" and not (self.calibration or self.two_passes)
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..baselines import Baseline
 from ..policy import NAMM
 from ..tasks import IN_USE, RecordMix
 from .shared import DType, Json, Model, Threads, load_model, load_policy, make_console, set_threads
@@ -168,12 +167,7 @@ def compare(
         )
         return
     methods = _methods(model_name, memories, method or _rules(chats))
-    methods = [
-        replace(m, policy=measure.ready(m.policy, loaded, tokenizer, lengths[0]))
-        if isinstance(m.policy, Baseline)
-        else m
-        for m in methods
-    ]
+    methods = measure.made_ready(methods, loaded, tokenizer, lengths[0])
     settings: dict[str, Any] = {
         "model": model_name,
         "dtype": dtype,

@@ -25,6 +25,7 @@ from ..measure import (
     baseline_methods,
     compare,
     full_method,
+    made_ready,
     plan,
     write_json,
 )
@@ -35,7 +36,7 @@ from ..tasks import IN_USE, RecordMix
 from .example import Example, show_example
 from .live import EvolutionConfig, LiveEvolution
 
-RIVALS = ("SnapKV", "KeyDiff", "StreamingLLM", "Random")
+RIVALS = ("KeyDiff", "H2O", "Random")
 """Baselines of the table."""
 
 _ORDER = (
@@ -165,6 +166,7 @@ def _side_by_side(subject: Subject, config: DemoConfig, console: Console, result
         Method("NAMM", subject.policy),
         *baseline_methods(subject.name, subject.policy, list(config.rivals)),
     ]
+    methods = made_ready(methods, subject.model, subject.tokenizer, config.length)
     workload = _workload(subject, config, methods)
     steps = plan(
         *(subject.model, subject.tokenizer, methods, [workload], [config.keep], results),

@@ -9,10 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..baselines import Baseline, ExpectedAttention, SnapKV
 from ..baselines.grid import GRID
 from ..budget import Budget
-from ..fitting.calibrate import calibrate
+from ..fitting.calibrate import calibrate, targets_of
+from ..fitting.importance import Text
 from ..fitting.texts import repeated
 from ..policy import Policy
 from ..policy.base import PolicyT
@@ -105,19 +108,28 @@ def at_pace(rule: Baseline, n_up: int) -> Baseline:
     return rule.replace(n_up=n_up)
 
 
-def ready(rule: Baseline, model: Any, tokenizer: Any, length: int) -> Baseline:
-    """The rule with what it has to know of a model: RoPE, and a calibration if all its layers
-    share a budget by the scores of one pass.
+def made_ready(methods: Sequence[Method], model: Any, tokenizer: Any, length: int) -> list[Method]:
+    """The methods with what published rules have to know of a model: how its RoPE turns, and a
+    calibration if all layers share a budget by the scores of one pass.
 
     Args:
-        length: tokens of the two training texts that it is calibrated on.
+        length: tokens of the two training texts that they are calibrated on.
     """
-    if isinstance(rule, ExpectedAttention):
-        rule = rule.for_model(model)
-    if rule.budget.scope != "global" or rule.two_passes or rule.calibration is not None:
-        return rule
-    texts = [repeated(tokenizer, ids) for ids in fit_texts(tokenizer, length=length, count=2)]
-    return calibrate(rule, model, texts)
+    texts: list[Text] = []
+    targets: list[Tensor] = []
+    done = []
+    for method in methods:
+        rule = method.policy
+        if isinstance(rule, ExpectedAttention):
+            rule = rule.for_model(model)
+        if isinstance(rule, Baseline) and rule.needs_calibration:
+            if not texts:
+                contexts = fit_texts(tokenizer, length=length, count=2)
+                texts = [repeated(tokenizer, ids) for ids in contexts]
+                targets = targets_of(model, texts)
+            rule = calibrate(rule, model, texts, targets=targets)
+        done.append(replace(method, policy=rule))
+    return done
 
 
 def baseline_methods(

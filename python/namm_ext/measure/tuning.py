@@ -7,7 +7,7 @@ from typing import Any
 
 from ..baselines import Baseline
 from ..baselines.grid import GRID
-from .methods import at_pace, fixed_budget, ready
+from .methods import Method, at_pace, fixed_budget, made_ready
 from .workloads import Workload
 
 
@@ -36,9 +36,12 @@ def tune(
     found = {}
     for name in rules:
         best = -1.0
-        for rule in GRID[name]:
-            paced = ready(at_pace(rule, n_up), model, tokenizer, workload.length)
-            policy = fixed_budget(paced, keep, workload.length)
+        tried = [Method(name, at_pace(rule, n_up)) for rule in GRID[name]]
+        for rule, method in zip(
+            GRID[name], made_ready(tried, model, tokenizer, workload.length), strict=True
+        ):
+            assert method.policy is not None
+            policy = fixed_budget(method.policy, keep, workload.length)
             results = [workload.ask(model, policy, task) for task in workload.tasks]
             score = sum(result.accuracy for result in results) / len(results)
             on_trial(rule, score)
