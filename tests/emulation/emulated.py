@@ -175,7 +175,8 @@ def build(kernels: Path, pattern: str = "*", optimise: str = "-O1") -> Path:
 
     # The standard headers behind cuda_emulation.h take half of a compilation: once is enough.
     emulation = here / "cuda_emulation.h"
-    text = " ".join([*FLAGS, optimise]).encode() + emulation.read_bytes()
+    parts = [emulation, *_includes(emulation, [here], {}).values()]
+    text = b"".join([" ".join([*FLAGS, optimise]).encode(), *(p.read_bytes() for p in parts)])
     prelude = cache / f"emulation_{hashlib.sha256(text).hexdigest()[:16]}.h"
     if not prelude.with_suffix(".h.gch").exists():
         prelude.write_text(f'#include "{emulation}"\n')
