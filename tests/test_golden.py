@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 
 import cma_reference
+import device_errors
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,8 @@ GOLDEN = golden_dir()
 
 class OpsOnCuda:
     """``namm_ext.ops`` on CPU tensors, through copies on the GPU."""
+
+    device = "cuda"
 
     def __getattr__(self, name: str):
         def call(*args, **kwargs):
@@ -275,6 +278,7 @@ class Chain:
     def __init__(self, path: Path, impl):
         self.v = load(path)
         self.impl = impl
+        self.device = getattr(impl, "device", "cpu")
         self.n_up, self.num_heads = int(self.v["n_up"]), int(self.v["n_kv_heads"])
         self.groups = int(self.v["groups"])
         self.num_layers, self.num_steps = int(self.v["n_layers"]), int(self.v["n_steps"])
@@ -325,6 +329,24 @@ class Chain:
             store, self.v["params"][None], torch.zeros(1, dtype=torch.int32), mean, var, self.one,
             log_transform=False, log_eps=1e-6,
         )  # fmt: skip
+
+    def check_scores(self, step: int, layer: int, scores: Tensor, atol: float) -> Tensor:
+        """Compare with the golden scores; returns those to go on with.
+
+        These are the golden ones where a device's error exceeds the margin of the golden decision,
+        so that rounding never decides what the following steps are compared with.
+        """
+        want = self.want(step, layer, "scores")
+        atol = max(atol, device_errors.BAM_SCORES[self.device] * float(want.abs().max()))
+        assert_near(scores.view(want.shape), want, atol, "scores")
+        if self.device == "cpu":
+            return scores
+        kept = self.want(step, layer, "retained_idx").long()
+        dropped = want.scatter(-1, kept, -math.inf)
+        gap = want.gather(-1, kept).amin(-1) - dropped.amax(-1)
+        margin = min(float(want.abs().min()), float(gap.min()))
+        sure = margin > 2 * float((scores.view(want.shape) - want).abs().max())
+        return scores if sure else want.reshape(scores.shape).contiguous()
 
     def evict(self, step: int, layer: int, scores: Tensor, store: Segments) -> Tensor:
         """Select with the released code's rule, compact, compare; returns kept rows [H, R]."""
@@ -382,8 +404,7 @@ def test_chain(path, impl):
         assert_near(x[None], chain.want(step, layer, "embedding"), 5e-5, "embedding")
 
         store = store._replace(state=ema.reshape(-1, 17).contiguous())
-        scores = chain.score(store, mean, var)
-        assert_near(scores.view(shape), chain.want(step, layer, "scores"), 1e-4, "scores")
+        scores = chain.check_scores(step, layer, chain.score(store, mean, var), 1e-4)
 
         tails = attn[..., -reference.CARRY :, :].transpose(-1, -2).to(chain.dtype)
         tails = tails.reshape(-1, reference.CARRY).contiguous()
@@ -431,12 +452,10 @@ def test_chain_from_queries(path, impl):
         store = store._replace(state=state)
         want = chain.want(step, layer, "ema_out")
         # exp(log p) in float32 is off by |log p| ulps; the attention itself was exact.
-        assert_near(state.view(want.shape), want, 5e-6, "ema")
+        assert_near(state.view(want.shape), want, device_errors.CHAIN_EMA[chain.device], "ema")
 
         mean, var = chain.statistics(want)
-        scores = chain.score(store, mean, var)
-        want = chain.want(step, layer, "scores")
-        assert_near(scores.view(want.shape), want, 2e-4, "scores")
+        scores = chain.check_scores(step, layer, chain.score(store, mean, var), 2e-4)
         kept = chain.evict(step, layer, scores, store)
         previous[layer] = probs[0, :, -reference.CARRY :], kept
 

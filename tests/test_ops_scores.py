@@ -2,6 +2,7 @@
 
 import itertools
 
+import device_errors
 import pytest
 import torch
 from namm_ext import ops, reference, testing
@@ -53,7 +54,10 @@ def _check(name, store, args, isa, **kwargs):
     live = store.live
     assert got.shape == store.pos.shape
     # Sums of about 100 terms: 16 units in the last place of the largest score are noise.
-    floor = 16 * torch.finfo(torch.float32).eps * max(1.0, float(exact[live].abs().max()))
+    largest = float(exact[live].abs().max())
+    floor = 16 * torch.finfo(torch.float32).eps * max(1.0, largest)
+    if name == "bam_scores":
+        floor = max(floor, device_errors.BAM_SCORES[got.device.type] * largest)
     testing.assert_no_worse_than(got[live], same[live], exact[live], floor=floor)
 
 
@@ -118,7 +122,7 @@ def test_old_ages(device, isa):
 
 @impls
 @pytest.mark.parametrize("feature", range(reference.NUM_RECENCY))
-def test_recency_is_exact_to_a_unit_in_the_last_place(feature, device, isa):
+def test_recency_is_exact_to_units_in_the_last_place(feature, device, isa):
     """Every age up to 40,000 and random ones up to the largest position."""
     far = torch.randint(0, 2**31 - 2, (40_000,))
     ages = torch.cat([torch.arange(40_000), far]).sort(descending=True).values
@@ -142,7 +146,7 @@ def test_recency_is_exact_to_a_unit_in_the_last_place(feature, device, isa):
     with testing.force_isa(isa):
         got = _scores(ops.mlp_scores, store, args, **MLPS["linear"])
     exact = reference.recency_embedding((pos[-1].long() - pos.long()).cpu(), dtype=torch.float64)
-    assert (got.cpu().double() - exact[:, feature]).abs().max() < 1.2e-7
+    assert (got.cpu().double() - exact[:, feature]).abs().max() < device_errors.RECENCY[device]
 
 
 @impls
