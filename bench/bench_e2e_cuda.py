@@ -5,22 +5,27 @@ decode speed and peak memory for each context, batch and memory. Random weights 
 trained ones. The full cache is transformers' own (SDPA, ``DynamicCache``), prefilled in chunks of
 4096 tokens; the memory is a ``NAMMCache`` with random parameters and a budget of a quarter of
 the context, updated every 512 tokens. Cases start until S seconds are over; what was not reached
-is listed. ``--smoke`` runs a tiny model once, also on a machine without a GPU.
+and what cannot fit is listed, and a case that fails does not stop the others. ``--smoke`` runs a
+tiny model once, also on a machine without a GPU.
+
+Peak is what tensors used at most, reserved what torch's allocator took from the device for them.
+Every update makes a new, larger store; set ``PYTORCH_ALLOC_CONF=expandable_segments:True``, or the
+old ones are too small for any later request and stay reserved.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from bench_cuda import environment
+from cuda_report import Report
 from namm_ext import NAMM, NAMMCache, NAMMConfig
 
 CHUNK = 4096
@@ -37,6 +42,7 @@ class Row:
     prefill_s: float = 0.0
     decode_tokens_per_s: float = 0.0
     peak_gb: float = 0.0
+    reserved_gb: float = 0.0
     cache_gb: float = 0.0
     note: str = ""
 
@@ -95,8 +101,9 @@ def measure(model: Any, device: str, context: int, batch_size: int, memory: str)
         cache: Any = transformers.DynamicCache(config=model.config)
     else:
         cache = NAMMCache(model, make_policy(context))
-    weights = torch.cuda.memory_allocated() if device == "cuda" else 0
+    allocated = reserved = 0
     if device == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
     chunk = min(CHUNK, max(context // 4, 1))
 
@@ -120,9 +127,39 @@ def measure(model: Any, device: str, context: int, batch_size: int, memory: str)
     synchronize(device)
     row.decode_tokens_per_s = batch_size * DECODE_TOKENS / (time.perf_counter() - start)
     if device == "cuda":
-        row.peak_gb = (torch.cuda.max_memory_allocated() - weights) / 1e9
+        row.peak_gb = (torch.cuda.max_memory_allocated() - allocated) / 1e9
+        row.reserved_gb = (torch.cuda.max_memory_reserved() - reserved) / 1e9
     row.cache_gb = (kv_bytes(cache) if memory == "full" else cache.report().kv_bytes) / 1e9
     return row
+
+
+def full_cache_bytes(config: Any, context: int, batch_size: int) -> int:
+    """Bytes of a bfloat16 cache that keeps everything.
+
+    Args:
+        config: the model's; its sizes of layers and heads count.
+    """
+    row = 2 * 2 * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * row * context * batch_size
+
+
+def make_case(
+    model: Any, device: str, context: int, batch_size: int, memory: str, end: float
+) -> Row:
+    """The measured row, or one that says why it was not measured.
+
+    Args:
+        end: the time on `time.monotonic` after which nothing begins.
+    """
+    if time.monotonic() > end:
+        return Row(context, batch_size, memory, note="not reached in time")
+    if device == "cuda" and memory == "full":
+        need = full_cache_bytes(model.config, context, batch_size)
+        if need > torch.cuda.mem_get_info()[0]:
+            return Row(context, batch_size, memory, note=f"cannot fit, needs {need / 1e9:.0f} GB")
+    if batch_size == 1:  # the first calls load kernels and choose algorithms
+        measure(model, device, min(context, 8192), 1, memory)
+    return measure(model, device, context, batch_size, memory)
 
 
 def show(row: Row) -> str:
@@ -131,7 +168,8 @@ def show(row: Row) -> str:
         return f"{head}  {row.note}"
     return (
         f"{head}  prefill {row.prefill_s:8.2f} s  decode {row.decode_tokens_per_s:8.1f} tokens/s  "
-        f"peak {row.peak_gb:6.1f} GB  cache {row.cache_gb:6.2f} GB"
+        f"peak {row.peak_gb:6.1f} GB, reserved {row.reserved_gb:6.1f} GB  "
+        f"cache {row.cache_gb:6.2f} GB"
     )
 
 
@@ -140,36 +178,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no case after so long")
     parser.add_argument("--smoke", action="store_true", help="tiny model, once, any device")
+    parser.add_argument("--skip", type=int, default=0, help="cases done before, see cuda_report")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.smoke:
         parser.error("no GPU: only --smoke can run")
-    started = time.monotonic()
+    end = time.monotonic() + args.seconds
     model = make_model(device, args.smoke)
+    report = Report(args.out, device, args.skip)
     sizes = (
         [(256, 1), (256, 2)] if args.smoke else [(32768, 1), (32768, 8), (131072, 1), (131072, 8)]
     )
-    rows: list[Row] = []
-    # The first calls load kernels and choose algorithms.
-    for memory in ("full", "namm"):
-        measure(model, device, 256 if args.smoke else 8192, 1, memory)
     for context, batch_size in sizes:
         for memory in ("full", "namm"):
-            if time.monotonic() - started > args.seconds:
-                row = Row(context, batch_size, memory, note="not reached in time")
-            else:
-                try:
-                    row = measure(model, device, context, batch_size, memory)
-                except torch.OutOfMemoryError:
-                    row = Row(context, batch_size, memory, note="out of memory")
-            rows.append(row)
-            print(show(row), flush=True)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            if args.out:
-                report = {**environment(device), "rows": [asdict(r) for r in rows]}
-                args.out.write_text(json.dumps(report, indent=1))
-    return 0
+            report.run(
+                f"{context} tokens  batch {batch_size}  {memory}",
+                partial(make_case, model, device, context, batch_size, memory, end),
+                show,
+            )
+    return int(report.failures > 0)
 
 
 if __name__ == "__main__":
