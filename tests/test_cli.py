@@ -319,7 +319,9 @@ def test_compare_asks_a_model_that_chats(
         contexts = {name: len(task["exact_match"]) for name, task in row["tasks"].items()}
         assert contexts == dict.fromkeys(("paraphrase", "multi_turn"), 3 if visible else 1)
         assert row["bits_per_byte"].keys() == {"prose", "code"}
-        assert row["kept"] == pytest.approx(1 if row["method"] == measure.FULL else 0.25)
+        # A budget over all layers is rounded down in each of them.
+        expected = 1 if row["method"] == measure.FULL else 0.25
+        assert row["kept"] == pytest.approx(expected, abs=2e-3)
         assert f"{row['questions']} questions" in result.output
     assert values["settings"]["question_visible"] is visible
 

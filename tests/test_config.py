@@ -52,7 +52,7 @@ BAD_CONFIGS = [
     ({"n_up": 64.0}, "n_up must be a positive multiple of 16, got 64.0"),
     ({"ema_coeff": 1.0}, "ema_coeff must be a number in (0, 1), got 1.0"),
     ({"ema_coeff": "x"}, "ema_coeff must be a number in (0, 1), got 'x'"),
-    ({"scorer": "gnn"}, "scorer must be 'bam' or 'mlp', got 'gnn'"),
+    ({"scorer": "gnn"}, "scorer must be 'bam' or 'mlp' or 'none', got 'gnn'"),
     ({"mlp_hidden": 0}, "mlp_hidden must be an int in [1, 65536], got 0"),
     ({"mlp_depth": 0}, "mlp_depth must be an int in [1, 65536], got 0"),
     ({"mlp_depth": 2**40}, f"mlp_depth must be an int in [1, 65536], got {2**40}"),
