@@ -31,11 +31,11 @@ def test_policies_keep_the_same(name):
         assert kept_positions(keep, ctx)[:2] == want
 
 
-def test_written_again_they_are_version_2(tmp_path):
+def test_written_again_they_are_of_this_version(tmp_path):
     namm = NAMM.from_pretrained(FOLDER / "reference")
     assert namm.budget == Budget(threshold=0.0, selection="original")
     namm.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == FORMAT_VERSION
     assert NAMM.from_pretrained(tmp_path).fingerprint() == namm.fingerprint()
 
 
