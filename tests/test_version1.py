@@ -13,6 +13,7 @@ import pytest
 import torch
 from namm_ext import NAMM, Budget, NAMMConfig, baselines
 from namm_ext.policy import version1
+from namm_ext.policy.files import FORMAT_VERSION
 from small_context import context, kept_positions
 
 FOLDER = Path(__file__).parent / "data" / "version_1"
