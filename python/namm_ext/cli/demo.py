@@ -68,7 +68,7 @@ def demo(
     parameters = sum(p.numel() for p in loaded.parameters())
     console.print(
         f"[bold]namm_ext {__version__}[/]  model [bold]{model_name}[/] ({parameters / 1e6:.1f} M "
-        f"parameters)  memory [bold]{policy_name}[/] ({memory.config.num_params} parameters)\n"
+        f"parameters)  memory [bold]{policy_name}[/] ({memory.num_numbers} parameters)\n"
     )
     result = run_demo(
         Subject(loaded, tokenizer, model_name, memory, policy_name),

@@ -103,6 +103,12 @@ class NAMM(Policy):
         """P, or 1 for a single vector."""
         return self.params.shape[0] if self.params.dim() == 2 else 1
 
+    @property
+    def num_numbers(self) -> int:
+        """Numbers that were evolved or fitted: those of one scorer and of the gate."""
+        gate = 0 if self.gate is None else self.gate.weight.numel() + self.gate.bias.numel()
+        return self.config.num_params + gate
+
     # Deciding ----------------------------------------------------------------------------------
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
