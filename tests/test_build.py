@@ -305,7 +305,7 @@ def test_unknown_attribute():
 def test_missing_binaries_are_one_helpful_error(tmp_path, missing):
     package = tmp_path / "namm_ext"
     package.mkdir()
-    for path in [*PACKAGE.glob("*.py"), *FOLDER.glob("*.so")]:
+    for path in [*PACKAGE.glob("*.py"), PACKAGE / "ops", *FOLDER.glob("*.so")]:
         if not path.name.startswith(missing + "."):
             (package / path.name).symlink_to(path.resolve())
     code = (
