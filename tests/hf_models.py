@@ -264,6 +264,10 @@ def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
         model.set_attn_implementation(before)
 
 
+def greedy(model: Any, ids: Tensor, **kwargs: Any) -> Any:
+    return model.generate(ids, do_sample=False, **{"max_new_tokens": 40, **kwargs})
+
+
 def positions(layer: Any, row: int = 0) -> list[list[int]]:
     """Positions that a NAMMLayer holds for each head of a batch row, in order."""
     h, store = layer.kv.num_kv_heads, layer.kv.store.segments
