@@ -13,9 +13,10 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from cases import DTYPES, Case, interleaved
+from layers import DTYPES
 from namm_ext import ops, reference, testing
 from namm_ext.values import Segments
+from timing import Case, interleaved
 
 LAYERS, HEADS, HEAD_DIM, NUM_NEW = 30, 3, 64, 64
 NUM_INPUTS = HEADS * (2 * HEAD_DIM + 2)

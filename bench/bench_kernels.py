@@ -9,6 +9,7 @@ from typing import Any
 
 import cases
 import pytest
+import timing
 
 SIZES = {"llama": (1024, 4096), "bundled": (128, 256)}
 
@@ -25,7 +26,7 @@ def test_kernel(
     if benchmark.disabled and (num_keys > 256 or dtype == "fp32"):
         pytest.skip("smoke test: small shapes only")
     if benchmark.disabled:
-        monkeypatch.setattr(cases, "ROTATE_BYTES", 2**20)
+        monkeypatch.setattr(timing, "ROTATE_BYTES", 2**20)
     case = cases.make(op, num_keys, shape, dtype)
     run = getattr(case, what)
     if run is None:

@@ -6,7 +6,7 @@ the README from such a file.
 
 Every case is checked against the law or the plain expression first; nothing is printed for a case
 that fails. With one thread the clock is CPU time, so other jobs disturb less. What depends on
-memory rotates over half a GB of equal stores, at every N (bench/cases.py).
+memory rotates over half a GB of equal stores, at every N (bench/timing.py).
 
 "Share of the fp32 peak" is against the FLOP/s of a large ``torch.mm`` in the same run, the best
 this PyTorch reaches on the machine, and counts the products of Q K^T alone.
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import timing
 import torch
 
 # op, N, shape, dtype, whether the plain expression can run (it needs memory of W * N * Hq and N^2)
@@ -133,9 +134,9 @@ def environment(threads: int) -> Report:
     }
 
 
-def measure(case: cases.Case, op: str, num_keys: int, rounds: int, peak: float) -> Report:
+def measure(case: timing.Case, op: str, num_keys: int, rounds: int, peak: float) -> Report:
     """One row of the table."""
-    best = cases.interleaved(case, rounds)
+    best = timing.interleaved(case, rounds)
     ours, plain, floor = best["ours"], best.get("plain"), best.get("floor")
     row: Report = {
         "case": case.name,
@@ -257,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.ops.namm_ext.force_isa(arguments.isa)
     peak = peak_flops()
     if arguments.quick:
-        cases.ROTATE_BYTES = 2**20
+        timing.ROTATE_BYTES = 2**20
     report: Report = {
         **environment(arguments.threads), "forced_isa": arguments.isa, "fp32_mm_flops": peak,
         "rows": [],

@@ -92,11 +92,11 @@ def test_table(bench) -> None:
 
 
 def test_rotation_takes_turns_and_keeps_results(bench) -> None:
-    cases = bench("cases")
-    rotation = cases.Rotation([lambda: "a", lambda: "b", lambda: "c"])
+    timing = bench("timing")
+    rotation = timing.Rotation([lambda: "a", lambda: "b", lambda: "c"])
     assert [rotation() for _ in range(4)] == ["a", "b", "c", "a"]
     assert rotation.results == ["a", "b", "c"]
-    assert cases.num_copies(torch.zeros(cases.ROTATE_BYTES // 16)) == 4
+    assert timing.num_copies(torch.zeros(timing.ROTATE_BYTES // 16)) == 4
 
 
 def test_every_op_has_a_case(bench) -> None:
