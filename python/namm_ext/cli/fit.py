@@ -60,10 +60,7 @@ def fit(
     dtype: DType = "float32",
     threads: Threads = None,
 ) -> None:
-    """Fit a memory to a model: a gate, a scorer of attention, and the offsets of its heads.
-
-    Ctrl-C stops the fit, and the same command goes on with the gate.
-    """
+    """Fit gate, scorer and head offsets to a model. Ctrl-C stops it, the same command goes on."""
     set_threads(threads)
     from .._files import lock_folder
     from ..fitting import Checkpoint, FitConfig, fit
