@@ -165,7 +165,7 @@ if [ -n "$dry" ]; then
   skip ops
 else
   run ops 110 "${tests[@]}" tests/test_cuda.py tests/test_ops_{append,attend,compact,gate}.py \
-    tests/test_ops_{scores,select,window}.py tests/test_golden.py -k cuda
+    tests/test_ops_{scores,select,window}.py tests/test_golden*.py -k cuda
 fi
 # Smaller inputs: the sanitizer is slow. Bit-repeat, 32-bit and model tests add nothing here.
 # do_not_wait calls every op once.
