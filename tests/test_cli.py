@@ -302,6 +302,15 @@ def chatting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_memories_are_called_by_what_tells_them_apart() -> None:
+    from namm_ext.cli.compare import _memories
+
+    both = ["bundled:smollm2-135m", "bundled:smollm2-135m-attention"]
+    assert list(_memories(both, "", None)) == ["NAMM", "NAMM attention"]
+    assert list(_memories(both[:1], "", None)) == ["NAMM"]
+    assert list(_memories([both[0], both[0]], "", None)) == ["NAMM 1", "NAMM 2"]
+
+
 @pytest.mark.parametrize("visible", [False, True])
 def test_compare_asks_a_model_that_chats(
     tmp_path: Path, policy_dir: Path, chatting_model: Path, visible: bool

@@ -203,8 +203,10 @@ def _memories(
 ) -> dict[str, NAMM]:
     """Memories under the names that the table shows."""
     loaded = [load_policy(name, model) for name in names or (None,)]
-    shown = ["NAMM"] if len(loaded) == 1 else [f"NAMM {Path(n).name[-12:]}" for _, n in loaded]
-    if len(set(shown)) < len(shown):
+    stems = [Path(name).name.removeprefix("bundled:") for _, name in loaded]
+    # The others by what they are called beyond the first.
+    shown = ["NAMM", *(f"NAMM {stem.removeprefix(stems[0]).lstrip('-')}" for stem in stems[1:])]
+    if len(set(shown)) < len(shown) or any(name == "NAMM " for name in shown):
         shown = [f"NAMM {i + 1}" for i in range(len(shown))]
     memories = [memory for memory, _ in loaded]
     if layer_share:

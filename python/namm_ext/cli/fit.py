@@ -56,6 +56,14 @@ def fit(
         bool,
         typer.Option(help="There is a gate, or the memory is the part that carries over alone."),
     ] = True,
+    question_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="What the attention of questions counts, against that of repeating the text. "
+            "Texts of a folder have no questions.",
+            show_default="12",
+        ),
+    ] = None,
     seed: Seed = 0,
     dtype: DType = "float32",
     threads: Threads = None,
@@ -63,11 +71,14 @@ def fit(
     """Fit gate, scorer and head offsets to a model. Ctrl-C stops it, the same command goes on."""
     set_threads(threads)
     from .._files import lock_folder
-    from ..fitting import Checkpoint, FitConfig, fit
+    from ..fitting import QUESTION_WEIGHT, Checkpoint, FitConfig, fit
 
+    if text is not None and question_weight is not None:
+        raise ValueError("--question-weight needs no --text")
+    weight = QUESTION_WEIGHT if question_weight is None else question_weight
     console = make_console()
     loaded, tokenizer, name = load_model(model, dtype)
-    texts = _texts(tokenizer, text, length, count, seed)
+    texts = _texts(tokenizer, text, length, count, seed, weight)
     config = FitConfig()
     config = replace(
         config,
@@ -85,7 +96,13 @@ def fit(
     report = {
         "model": name,
         "dtype": dtype,
-        "texts": {"folder": text and str(text), "length": length, "count": count, "seed": seed},
+        "texts": {
+            "folder": text and str(text),
+            "length": length,
+            "count": count,
+            "seed": seed,
+            "question_weight": None if text else weight,
+        },
         "config": config.to_dict(),
         **found.report(),
     }
@@ -113,12 +130,12 @@ def calibrate(
 ) -> None:
     """Calibrate a memory for a model: statistics, and the offsets of its heads. A minute."""
     set_threads(threads)
-    from ..fitting import calibrate, calibrate_statistics
+    from ..fitting import QUESTION_WEIGHT, calibrate, calibrate_statistics
 
     console = make_console()
     loaded, tokenizer, _ = load_model(model, dtype)
     memory, name = load_policy(policy)
-    texts = _texts(tokenizer, text, length, count, seed)
+    texts = _texts(tokenizer, text, length, count, seed, QUESTION_WEIGHT)
     if memory.budget.size is None:
         memory = memory.with_budget(size=0.25)
     memory = memory.with_budget(
@@ -134,12 +151,14 @@ def calibrate(
     console.print(f"{name} is calibrated for {model}, saved in [bold]{output}[/].")
 
 
-def _texts(tokenizer: Any, folder: Path | None, length: int, count: int, seed: int) -> list[Text]:
+def _texts(
+    tokenizer: Any, folder: Path | None, length: int, count: int, seed: int, weight: float
+) -> list[Text]:
     from ..fitting import folder_texts, training_texts
 
     if folder is not None:
         return folder_texts(tokenizer, folder, length=length, count=count, seed=seed)
-    return training_texts(tokenizer, length=length, count=count, seed=seed)
+    return training_texts(tokenizer, length=length, count=count, seed=seed, question_weight=weight)
 
 
 @contextmanager

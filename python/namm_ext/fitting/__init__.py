@@ -6,10 +6,11 @@ from .checkpoint import Checkpoint
 from .fit import Fit, FitConfig, fit
 from .gate import GateFit, fit_gate
 from .importance import IMPORTANCE_EPS, Later, LayerReading, Text, read_twice
-from .texts import asked, folder_texts, repeated, training_texts
+from .texts import QUESTION_WEIGHT, asked, folder_texts, repeated, training_texts
 
 __all__ = [
     "IMPORTANCE_EPS",
+    "QUESTION_WEIGHT",
     "AttentionFitConfig",
     "Checkpoint",
     "Fit",

@@ -67,25 +67,27 @@ class _Recorder(Policy):
 
     every = 4
 
-    def __init__(self, inner: NAMM, targets: Tensor) -> None:
+    def __init__(self, inner: NAMM, targets: dict[int, Tensor]) -> None:
         self.inner, self.targets = inner, targets
         self.n_up, self.num_state = inner.n_up, inner.num_state
         self.heads: list[_Head] = []
-        self.updates: dict[int, int] = {}
+        self.number = {layer: i for i, layer in enumerate(targets)}  # of layers with a memory
+        self.updates = dict.fromkeys(targets, 0)
 
     def update(self, ctx: UpdateContext) -> tuple[Tensor, Tensor]:
         """The memory's scores and state."""
         scores, state = self.inner.update(ctx)
-        count = self.updates[ctx.layer_idx] = self.updates.get(ctx.layer_idx, 0) + 1
-        if count % self.every == 0:
-            layer = len(self.updates) - 1
+        layer = ctx.layer_idx
+        self.updates[layer] += 1
+        if self.updates[layer] % self.every == 0:
             for h, rows in enumerate(ctx.segments.slices()):
-                pos = ctx.segments.pos[rows].long()
-                rest = self.targets[layer, h, pos]
+                pos = ctx.segments.pos[rows].long().cpu()
+                kept = state[rows].cpu()
+                rest = self.targets[layer][h, pos]
                 if self.inner.gate is not None:
-                    rest = rest - state[rows, -1]
-                spectrum = state[rows, : reference.NUM_BINS].clone()
-                head = layer * ctx.num_kv_heads + h
+                    rest = rest - kept[:, -1]
+                head = self.number[layer] * ctx.num_kv_heads + h
+                spectrum = kept[:, : reference.NUM_BINS].clone()
                 self.heads.append(_Head(head, spectrum, pos[-1] - pos, rest))
         return scores, state
 
@@ -99,7 +101,9 @@ class _Recorder(Policy):
 
 
 @torch.inference_mode()
-def _read(model: Any, policy: NAMM, text: Text, target: Tensor, size: float) -> list[_Head]:
+def _read(
+    model: Any, policy: NAMM, text: Text, target: dict[int, Tensor], size: float
+) -> list[_Head]:
     recorder = _Recorder(policy.with_budget(size=max(1, int(size * len(text.ids)))), target)
     with borrow(model):
         given = {cache_keyword(model.base_model): NAMMCache(model, recorder)}
@@ -134,10 +138,10 @@ def fit_attention(
     generator = torch.Generator().manual_seed(config.seed)
     targets = []
     for number, text in enumerate(texts, start=1):
-        targets.append(torch.stack([layer.target for layer in read_twice(model, text)]).cpu())
+        targets.append({r.layer_idx: r.target.float().cpu() for r in read_twice(model, text)})
         on_text(0, number)
     params = _start(policy, generator).requires_grad_()
-    offsets = torch.zeros(targets[0].shape[:2].numel())
+    offsets = torch.zeros(sum(target.shape[0] for target in targets[0].values()))
     heads: list[_Head] = []
     for round_ in range(1, config.rounds + 1):
         for number, (text, target) in enumerate(zip(texts, targets, strict=True), start=1):

@@ -83,9 +83,10 @@ def fit_gate(
     done, sums = (0, []) if checkpoint is None else checkpoint.load()
     for text in texts[done : len(texts) - held_out]:
         layers = read_twice(model, text)
-        sums = sums or [_sums_for(inputs(layer), layer) for layer in layers]
-        for ridge, layer in zip(sums, layers, strict=True):
-            ridge.add(inputs(layer), layer.target.T)
+        pairs = [(inputs(layer), layer.target.T) for layer in layers]
+        sums = sums or [Ridge(x.shape[1], y.shape[1]) for x, y in pairs]
+        for ridge, (x, y) in zip(sums, pairs, strict=True):
+            ridge.add(x, y)
         done += 1
         if checkpoint is not None and (done % EVERY == 0 or done == len(texts) - held_out):
             checkpoint.save(done, sums)
@@ -111,10 +112,6 @@ def fit_gate(
     return GateFit(
         gate, *fit_quality(guesses, targets), num_tokens=sums[0].count, num_held_out=held_out
     )
-
-
-def _sums_for(x: Tensor, layer: LayerReading) -> Ridge:
-    return Ridge(x.shape[1], layer.importance.shape[0])
 
 
 def fit_quality(guesses: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[float, float, float]:
