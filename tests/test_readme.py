@@ -86,6 +86,22 @@ def test_a_table_groups_tasks(tmp_path: Path) -> None:
         tool().table({"rows": rows}, 512, 0.125)
 
 
+def test_a_table_of_costs_is_against_the_full_cache() -> None:
+    def row(method: str, keep: float, seconds: float) -> dict[str, Any]:
+        cost = {
+            "kv_fraction": keep, "total_fraction": keep, "prefill_seconds": seconds,
+            "decode_seconds": seconds / 100,
+        }  # fmt: skip
+        return {"method": method, "length": 512, "keep": keep, "cost": cost}
+
+    rows = [row("full cache", 1.0, 2.0), row("NAMM", 0.25, 1.5)]
+    content = {"settings": {"dtype": "float32"}, "rows": rows}
+    assert tool().table(content, 512, 0.25, costs_only=True).splitlines()[2:] == [
+        "| full cache | 100 % | 100 % | 2,000 ms | - | 20.0 ms | - |",
+        "| NAMM | 25 % | 25 % | 1,500 ms | 0.75 | 15.0 ms | 0.75 |",
+    ]
+
+
 @pytest.mark.parametrize("name", ["stated_once", "layer_shares"])
 def test_figures_are_the_measured_ones(name: str) -> None:
     text = " ".join((ROOT / "docs/benchmark.md").read_text(encoding="utf-8").split())

@@ -5,8 +5,9 @@
     tools/readme_table.py
 
 A block begins with ``<!-- NAME LENGTH KEEP -->``, which stands for ``bench/results/NAME.json``, a
-context length and a budget, and ends with ``<!-- end -->``. A block whose file is missing stays as
-it is. ``--check`` only says whether the tables are what the files give.
+context length and a budget, and ends with ``<!-- end -->``; with ``costs`` behind the budget it is
+bytes and times alone. A block whose file is missing stays as it is. ``--check`` only says whether
+the tables are what the files give.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/benchmark.md")
-BLOCK = re.compile(r"(<!-- (\S+) (\d+) ([\d.]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\S+) (\d+) ([\d.]+)( costs)? -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 FULL = "full cache"
 
 # Columns of tasks; those that a file does not have are left out.
@@ -34,8 +35,10 @@ GROUPS = {
 }
 
 
-def table(content: dict[str, Any], length: int, keep: float) -> str:
+def table(content: dict[str, Any], length: int, keep: float, costs_only: bool = False) -> str:
     """A Markdown table of the full cache and the rows of one length and budget.
+
+    ``costs_only`` leaves bytes and times, the latter also against the full cache.
 
     Raises:
         ValueError: if none was measured.
@@ -45,6 +48,8 @@ def table(content: dict[str, Any], length: int, keep: float) -> str:
     rows = [row for row in here if row["method"] != FULL and row["keep"] == keep]
     if full is None or not rows:
         raise ValueError(f"{length} tokens and {keep} kept must be measured, with the full cache")
+    if costs_only:
+        return _costs_table(content, length, keep, (full, *rows))
     groups = {name: [t for t in tasks if t in full["tasks"]] for name, tasks in GROUPS.items()}
     groups = {name: tasks for name, tasks in groups.items() if tasks}
     asked = sum(task["questions"] for task in full["tasks"].values())
@@ -58,6 +63,29 @@ def table(content: dict[str, Any], length: int, keep: float) -> str:
         "|---|" + "---:|" * (len(headings) - 1),
         *("| " + " | ".join(_cells(row, groups)) + " |" for row in (full, *rows)),
     ]
+    return "\n".join(lines)
+
+
+def _costs_table(
+    content: dict[str, Any], length: int, keep: float, rows: tuple[dict[str, Any], ...]
+) -> str:
+    dtype = content["settings"]["dtype"]
+    full = rows[0]["cost"]
+    lines = [
+        f"| {length:,} tokens, {100 * keep:.4g} % kept, {dtype} | k+v | + own | prefill | of full "
+        "| decode | of full |",
+        "|---|" + "---:|" * 6,
+    ]
+    for row in rows:
+        cost = row["cost"]
+        cells = [
+            row["method"],
+            *(f"{100 * cost[k]:.0f} %" for k in ("kv_fraction", "total_fraction")),
+        ]
+        for name, digits in (("prefill_seconds", 0), ("decode_seconds", 1)):
+            cells.append(f"{1e3 * cost[name]:,.{digits}f} ms")
+            cells.append("-" if cost is full else f"{cost[name] / full[name]:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -104,7 +132,8 @@ def filled(text: str, folder: Path) -> str:
         if not path.is_file():
             return match[0]
         content = json.loads(path.read_text(encoding="utf-8"))
-        return f"{match[1]}{table(content, int(match[3]), float(match[4]))}\n{match[5]}"
+        rows = table(content, int(match[3]), float(match[4]), bool(match[5]))
+        return f"{match[1]}{rows}\n{match[6]}"
 
     return BLOCK.sub(block, text)
 
