@@ -76,6 +76,33 @@ def test_another_model_is_refused():
         policy.with_budget(scope="per_layer").select(torch.zeros(172), context(layer_idx=0))
 
 
+def test_moves_divide_the_budget_anew():
+    value = small_calibration()
+    assert value.num_moves == 6
+    same = value.moved(torch.zeros(6))
+    torch.testing.assert_close(same.layer_fractions, value.layer_fractions)
+    assert torch.equal(same.offsets, value.offsets)
+    moved = value.moved(torch.tensor([1.0, 0.5, 0.0, -1.0, 0.0, -2.0]))
+    odds = (moved.layer_fractions.logit() - value.layer_fractions.logit())[:, :-1]
+    torch.testing.assert_close(odds[0] - odds[1], torch.full_like(odds[0], 2.0))
+    torch.testing.assert_close(moved.layer_fractions.mean(0), value.fractions)
+    expected = value.offsets + torch.tensor([[0.5, 0.0], [0.0, -2.0]])
+    assert torch.equal(moved.offsets, expected)
+    everywhere = value.moved(torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.0]))
+    torch.testing.assert_close(everywhere.layer_fractions, value.layer_fractions)
+    with pytest.raises(ValueError, match=r"moves must be 6 numbers, L \(1 \+ H\), got 5"):
+        value.moved(torch.zeros(5))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_moved_fractions_never_fall(seed):
+    generator = torch.Generator().manual_seed(seed)
+    value = small_calibration(
+        layer_fractions=torch.tensor([[0.0, 0.02, 1.0], [0.5, 0.98, 1.0]]),
+    )
+    value.moved(4 * torch.randn(6, generator=generator))  # checks itself
+
+
 def test_offsets_make_heads_comparable():
     ctx = context(due=(True,), layer_idx=1)
     scores = torch.zeros(86)

@@ -6,7 +6,8 @@ from namm_ext import NAMM, NAMMConfig, zoo
 from namm_ext.answers import answer_readings
 from namm_ext.baselines import StreamingLLM
 from namm_ext.budget import Budget
-from namm_ext.evolution import EvolveConfig, Population, ReadingProblem, evolve
+from namm_ext.evolution import EvolveConfig, PlainContext, Population, ReadingProblem, evolve
+from namm_ext.evolution.evaluate import evaluate_population, score_text
 from namm_ext.tasks.suite import HELD_OUT_TASKS
 
 
@@ -42,6 +43,22 @@ def test_fitness_is_the_answers_of_each_member(bundled):
         problem.fitness(model, members[0], batch, 2)
     with pytest.raises(ValueError, match="at least one policy"):
         Population([])
+
+
+def test_the_context_counts_as_text(bundled):
+    model, tokenizer = bundled
+    problem = _problem(tokenizer, text_weight=5.0)
+    batch = problem.training_batch(0, 0)
+    found = problem.fitness(model, StreamingLLM(64), batch)
+    for i, context in enumerate(batch):
+        alone = evaluate_population(
+            model, StreamingLLM(64), [PlainContext(context.input_ids)], score=score_text,
+            weights={"text_ll": 1.0},
+        )  # fmt: skip
+        torch.testing.assert_close(found.text_ll[0, i], alone.text_ll[0, 0], atol=1e-5, rtol=1e-5)
+    expected = found.answer_ll.mean(1) + 5 * found.text_ll.mean(1)
+    torch.testing.assert_close(found.fitness(), expected)
+    assert problem.fingerprint() != _problem(tokenizer).fingerprint()
 
 
 def test_batches_are_fixed_and_differ(bundled):

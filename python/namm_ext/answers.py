@@ -39,6 +39,8 @@ class Answers:
         loglik: ``[Q]`` natural log of the probability of the answer, summed over its tokens.
         reading: ``[Q]`` int64, the index of the question's reading.
         kept: ``[R]`` tokens kept / tokens read after the context, mean over layers and heads.
+        context_loglik: ``[R]`` mean natural log of the probability of a token of the context, read
+            with the memory; None if it was not asked for.
         kv_bytes: keys and values of all contexts, live tokens only.
         memory_bytes: what the policy keeps beside them.
         full_bytes: keys and values of a cache that keeps everything.
@@ -51,6 +53,7 @@ class Answers:
     kv_bytes: int
     memory_bytes: int
     full_bytes: int
+    context_loglik: Floats | None = None
 
     def accuracy(self) -> float:
         """Share of the questions that were answered exactly."""
@@ -59,7 +62,12 @@ class Answers:
 
 @torch.inference_mode()
 def answer_readings(
-    model: Any, policy: Policy | None, readings: Sequence[Reading], *, batch_size: int = 1
+    model: Any,
+    policy: Policy | None,
+    readings: Sequence[Reading],
+    *,
+    batch_size: int = 1,
+    score_contexts: bool = False,
 ) -> Answers:
     """Let a model read each context once, then ask its questions.
 
@@ -71,6 +79,7 @@ def answer_readings(
         policy: decides what the memory keeps; None for transformers' own cache.
         readings: of one length; with and without turns may be mixed.
         batch_size: contexts read at once. Results depend on it by rounding only.
+        score_contexts: whether the contexts are scored too, as text.
 
     Raises:
         ValueError: if there are no readings or their contexts differ in length.
@@ -80,12 +89,16 @@ def answer_readings(
         raise ValueError(f"readings must be non-empty and of one length, got {lengths}")
     results: dict[int, list[tuple[bool, float]]] = {}
     kept: dict[int, float] = {}
+    as_text: dict[int, float] = {}
     sizes = np.zeros(3, np.int64)
     with borrow(model, None if policy is None else "namm"):
         for part in _batches(readings, batch_size):
             cache = _cache(model, policy)
             ids = torch.tensor([readings[i].context_ids for i in part], device=model.device)
-            _read(model, cache, ids)
+            hidden = _read(model, cache, ids)
+            if score_contexts:
+                logprob, _ = _score(model, hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+                as_text.update(zip(part, logprob.view(len(part), -1).mean(1).tolist(), strict=True))
             kept.update(zip(part, _kept(cache, len(part)), strict=True))
             sizes += _bytes(cache)
             if readings[part[0]].turns:
@@ -106,6 +119,7 @@ def answer_readings(
         kv_bytes=int(sizes[0]),
         memory_bytes=int(sizes[1]),
         full_bytes=int(sizes[2]),
+        context_loglik=np.array([as_text[i] for i in range(len(readings))]) if as_text else None,
     )
 
 

@@ -79,11 +79,13 @@ class ReadingProblem(SizedProblem):
     """Hidden facts, tables, code: a good memory is one after which questions are answered.
 
     The fitness is the mean log-likelihood per answer; the questions come after the context was
-    read. Tasks that are never trained on are not among them.
+    read. The log-likelihood of the context itself may count too, so that text does not pay for
+    answers. Tasks that are never trained on are not among them.
 
     Attributes:
         tokenizer: of the model, a fast one.
         tasks: the tasks, which take turns.
+        text_weight: what the mean log-likelihood per token of the context counts in the fitness.
         libraries: documents for "train" and "validation"; the standard library's by default.
     """
 
@@ -92,6 +94,7 @@ class ReadingProblem(SizedProblem):
     tokenizer: Any
     _: KW_ONLY
     tasks: tuple[str, ...] = TRAINING_TASKS
+    text_weight: float = 0.0
     libraries: tuple[Library, Library] | None = None
 
     def draw(self, split: str, key: tuple[int, ...], length: int, size: int) -> Batch:
@@ -111,7 +114,7 @@ class ReadingProblem(SizedProblem):
     def fitness(
         self, model: Any, policy: Policy, batch: Batch, num_candidates: int = 1
     ) -> Evaluation:
-        """``exact_match`` and ``answer_ll`` per reading; the latter is the fitness.
+        """``exact_match``, ``answer_ll`` and with a ``text_weight`` ``text_ll`` per reading.
 
         Args:
             model: a causal language model of transformers.
@@ -128,18 +131,24 @@ class ReadingProblem(SizedProblem):
         readings = [context.reading for context in batch]  # type: ignore[attr-defined]
         columns: list[Tensor] = []
         for member in members:
-            answers = answer_readings(model, member, readings)
+            answers = answer_readings(model, member, readings, score_contexts=self.text_weight != 0)
             rows = [answers.reading == i for i in range(len(readings))]
+            text = np.zeros(len(rows)) if not self.text_weight else answers.context_loglik
+            assert text is not None
             means = [
-                [answers.correct[r].mean(), answers.loglik[r].mean(), answers.kept[i]]
+                [answers.correct[r].mean(), answers.loglik[r].mean(), text[i], answers.kept[i]]
                 for i, r in enumerate(rows)
             ]
             columns.append(torch.tensor(np.array(means, np.float64).T))
-        exact, loglik, kept = torch.stack(columns, 1)
-        return Evaluation({"exact_match": exact, "answer_ll": loglik}, kept, {"answer_ll": 1.0})
+        exact, loglik, text_ll, kept = torch.stack(columns, 1)
+        metrics, weights = {"exact_match": exact, "answer_ll": loglik}, {"answer_ll": 1.0}
+        if self.text_weight:
+            metrics["text_ll"], weights["text_ll"] = text_ll, self.text_weight
+        return Evaluation(metrics, kept, weights)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "tasks": list(self.tasks)}
+        values = {**super().settings(), "tasks": list(self.tasks)}
+        return {**values, "text_weight": self.text_weight} if self.text_weight else values
 
     def fingerprint(self) -> dict[str, str]:
         libraries = self.libraries or (load_library("train"), load_library("validation"))

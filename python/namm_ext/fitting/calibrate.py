@@ -12,7 +12,7 @@ from ..budget import Budget
 from ..cache import NAMMCache, borrow, cache_keyword
 from ..cache.families import decoder_config
 from ..policy import NAMM, Calibration, Policy, StatisticsCalibrator, UpdateContext
-from ..policy.calibration import regress
+from ..policy.calibration import regress, rising
 from .importance import Text, read_twice
 
 PolicyT = TypeVar("PolicyT", bound=Policy)
@@ -205,16 +205,5 @@ def calibration_of(
     # With floors that grow, a layer's part could fall between two budgets by a token.
     shares = torch.stack(columns, 1)
     return Calibration(
-        offsets, torch.tensor(fractions, dtype=torch.float64), _rising(shares), scales
+        offsets, torch.tensor(fractions, dtype=torch.float64), rising(shares), scales
     )
-
-
-def _rising(shares: Tensor) -> Tensor:
-    """The same ``[L, Q]`` where no row ever falls and columns have the means they had."""
-    columns = [shares[:, -1]]
-    for column in reversed(shares[:, :-1].unbind(1)):
-        most, mean = columns[-1], column.mean()
-        column = column.minimum(most)
-        room = most - column
-        columns.append(column + room * ((mean - column.mean()) / room.mean().clamp(min=1e-12)))
-    return torch.stack(columns[::-1], 1)

@@ -135,6 +135,50 @@ class Calibration:
         scales, offsets = (t[layer_idx].to(scores) for t in (self.scales, self.offsets))
         return scales[head] * scores + offsets[head]
 
+    def moved(self, moves: Tensor) -> Calibration:
+        """The same with other offsets and another division among the layers.
+
+        Args:
+            moves: ``L (1 + H)`` numbers, for each layer first what is added to the log odds of its
+                share, then what is added to the offsets of its heads. Zeros change nothing; a
+                constant added to the shares of all layers, or to all heads of one, neither.
+
+        Raises:
+            ValueError: if there are more or fewer.
+
+        Example:
+            A memory whose division is evolved on tasks (:class:`Population`)::
+
+                def candidate(x):
+                    return memory.with_calibration(memory.calibration.moved(x))
+
+                evolve(
+                    model, ReadingProblem(tokenizer, text_weight=10.0), config, "runs/mine",
+                    x0=torch.zeros(memory.calibration.num_moves),
+                    policy_of=lambda x: Population.of(candidate, x),
+                )
+        """
+        if not isinstance(moves, Tensor) or moves.numel() != self.num_moves:
+            got = moves.numel() if isinstance(moves, Tensor) else type(moves).__name__
+            _fail("moves", f"{self.num_moves} numbers, L (1 + H)", got)
+        moves = moves.detach().cpu().double().view(self.num_layers, -1)
+        odds = self.layer_fractions.logit() + moves[:, :1]
+        # The shift that gives each column its mean again, by bisection.
+        low, high = torch.full_like(self.fractions, -100), torch.full_like(self.fractions, 100)
+        for _ in range(64):
+            middle = (low + high) / 2
+            too_much = (odds + middle).sigmoid().mean(0) > self.fractions
+            high, low = torch.where(too_much, middle, high), torch.where(too_much, low, middle)
+        shares = (odds + low).sigmoid()
+        shares[:, -1] = 1.0
+        offsets = self.offsets + moves[:, 1:].to(self.offsets)
+        return dataclasses.replace(self, offsets=offsets, layer_fractions=rising(shares))
+
+    @property
+    def num_moves(self) -> int:
+        """How many numbers :meth:`moved` takes."""
+        return self.num_layers * (1 + self.num_kv_heads)
+
     def to(self, device: torch.device | str) -> Calibration:
         """The same with scales and offsets on ``device``; itself if they are there."""
         if self.offsets.device == torch.empty(0, device=device).device:
@@ -197,6 +241,17 @@ def regress(scores: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[Tensor
     tiny = torch.finfo(x.dtype).tiny
     scales = ((x * y).sum(2) / x.square().sum(2).clamp(min=tiny)).clamp(min=0.0)
     return scales.float(), (mean_y - scales * mean_x).float()
+
+
+def rising(shares: Tensor) -> Tensor:
+    """The same ``[L, Q]`` where no row ever falls and columns have the means they had."""
+    columns = [shares[:, -1]]
+    for column in reversed(shares[:, :-1].unbind(1)):
+        most, mean = columns[-1], column.mean()
+        column = column.minimum(most)
+        room = most - column
+        columns.append(column + room * ((mean - column.mean()) / room.mean().clamp(min=1e-12)))
+    return torch.stack(columns[::-1], 1)
 
 
 def _fields() -> list[str]:
