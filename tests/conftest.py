@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,3 +34,19 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def _seeds() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def chatting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with a chat template, which it was never trained on."""
+    from namm_ext import zoo
+
+    folder = tmp_path_factory.mktemp("chats")
+    shutil.copytree(zoo.model_path(), folder, dirs_exist_ok=True)
+    tokenizer = zoo.load_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -286,20 +285,6 @@ def test_compare_goes_on_with_its_file(tmp_path: Path, policy_dir: Path) -> None
     rows = json.loads(file.read_text())["rows"]
     assert rows[:8] == values["rows"]
     assert [row["kept"] for row in rows[8:]] == [0.25] * 6
-
-
-@pytest.fixture(scope="module")
-def chatting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with a chat template, which it was never trained on."""
-    folder = tmp_path_factory.mktemp("chats")
-    shutil.copytree(zoo.model_path(), folder, dirs_exist_ok=True)
-    tokenizer = zoo.load_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_memories_are_called_by_what_tells_them_apart() -> None:

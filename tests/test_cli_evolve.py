@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -10,13 +11,15 @@ import time
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("cma")
 
-from namm_ext import NAMM, cli, evolution, tasks
+from namm_ext import NAMM, Budget, Calibration, NAMMConfig, cli, evolution, tasks
 from namm_ext.cli.app import app
 from typer.testing import CliRunner
 
@@ -92,9 +95,79 @@ def test_evolve_on_prompts_and_answers(tmp_path: Path) -> None:
     assert 0 <= log[0]["exact_match_mean"] <= 1
 
 
+def save_calibrated(folder: Path) -> Path:
+    """A memory that is ready for the bundled model, all layers alike."""
+    fractions = torch.tensor([0.25, 0.5, 1.0])
+    start = NAMM(
+        NAMMConfig(n_up=16, scorer="mlp"),
+        torch.full((25,), 0.1),
+        budget=Budget(0.25, scope="global"),
+        calibration=Calibration(torch.zeros(4, 2), fractions, fractions.expand(4, -1)),
+    )
+    start.save_pretrained(folder)
+    return folder
+
+
+ONE = ("--popsize", "4", "--generations", "1", "--length", "512", "--examples", "1")
+
+
+@pytest.fixture
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = functools.partial(evolution.ReadingProblem, num_validation=1, tasks=("single",))
+    monkeypatch.setattr(evolution, "ReadingProblem", few)
+
+
+@pytest.mark.usefixtures("few_questions")
+@pytest.mark.parametrize("part", ["scorer", "division"])
+def test_a_memory_goes_on_on_questions(tmp_path: Path, chatting_model: Path, part: str) -> None:
+    start = save_calibrated(tmp_path / "start")
+    command = ["evolve", str(tmp_path / "run"), "--policy", str(start), *ONE]
+    command += ["--model", str(chatting_model)]
+    command += ["--division"] if part == "division" else []
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["problem"]["problem"] == "ReadingProblem"
+    state = np.load(tmp_path / "run" / "state.npz")
+    assert state["search_mean"].shape == ((12,) if part == "division" else (25,))
+    assert not np.array_equal(state["search_mean"], state["x0"])
+    log = json.loads(str(state["log"]))
+    # The start itself was validated, and one generation is too early for another.
+    assert [record["generation"] for record in log] == [0, 1]
+    before, after = NAMM.from_pretrained(start), NAMM.from_pretrained(tmp_path / "run" / "policy")
+    assert after.budget.size == 128
+    assert after.with_budget(size=0.25).fingerprint() == before.fingerprint()
+
+
+@pytest.mark.usefixtures("few_questions")
+def test_a_run_of_another_memory_is_not_resumed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chatting_model: Path
+) -> None:
+    start = save_calibrated(tmp_path / "start")
+    command = ["evolve", str(tmp_path / "run"), "--policy", str(start), *ONE, "--division"]
+    command += ["--model", str(chatting_model)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    NAMM.from_pretrained(start).with_params(torch.zeros(25)).save_pretrained(start)
+    assert "start" in run(monkeypatch, *command)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--division"], "--division needs --policy"),
+        (
+            ["--policy", "a", "--division", "--text", "b"],
+            "--division needs neither --text nor --jsonl",
+        ),
+        (["--policy", "a", "--n-up", "8"], "--n-up is for a fresh memory, --policy has its own"),
+        (
+            ["--policy", "bundled:stdlib-1m", "--division"],
+            "--division needs a model that chats, stdlib-1m does not",
+        ),
+        (
+            ["--policy", "bundled:smollm2-135m"],
+            "--policy: the memory has no scorer to evolve; add --division",
+        ),
         (["--text", "a", "--jsonl", "b"], "--text needs no --jsonl"),
         (["--chat-template"], "--chat-template needs --jsonl"),
         (["--jsonl", "b", "--length", "64"], "--length needs no --jsonl"),

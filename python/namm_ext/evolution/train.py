@@ -239,9 +239,16 @@ class _Run:
         return {
             **settings,
             "x0": None if self.x0 is None else hash_values(self.x0.double().tolist()),
+            **({} if self.policy_of is None else {"start": self._start_fingerprint()}),
             "problem": self.problem.settings(),
             "fingerprint": {"model": hash_model(self.model), **self.problem.fingerprint()},
         }
+
+    def _start_fingerprint(self) -> str:
+        """What is evolved may be a part of a memory only; the others may not change either."""
+        assert self.policy_of is not None
+        assert self.x0 is not None
+        return self.policy_of(self.x0.float()).fingerprint()
 
     def _fitted_start(self, on_imitation: Callable[[dict[str, Any]], None]) -> Tensor:
         """Statistics, and the start that the configuration asks for."""
@@ -323,8 +330,9 @@ class _Run:
         return record
 
     def validate_start(self) -> None:
-        """A start that is not zero may be the best there will be; it is generation 0 of the log."""
-        if not self.log and self.first.any():
+        """A start that stands for a memory may be the best there will be; it is generation 0 of
+        the log. A scorer of zeros is none."""
+        if not self.log and (self.policy_of is not None or self.first.any()):
             self._note({"generation": 0, **self._validate()})
 
     def _note(self, record: dict[str, Any]) -> None:
