@@ -9,10 +9,11 @@ import re
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, tokens
-from namm_ext import NAMM, NAMMCache
+from namm_ext import NAMM, NAMMCache, NAMMConfig
 from namm_ext.baselines import StreamingLLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_original import checkpoint
 
 
 class Saved:
@@ -119,6 +120,32 @@ def test_damaged_policies(name, count, tmp_path):
             assert loaded.to_dict() == policy.to_dict()
             assert loaded.fingerprint() == policy.fingerprint()
     assert refused > 0.9 * count
+
+
+@pytest.mark.filterwarnings("ignore:.*no normalisation statistics")
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["mean", "best"])
+def test_damaged_checkpoints_of_the_original(which, count, tmp_path):
+    path, draw, refused = checkpoint(tmp_path / "ckpt.pt", n=25), random.Random(0), 0
+    good, config = path.read_bytes(), NAMMConfig(scorer="mlp")
+    whole = NAMM.load_original_checkpoint(path, which, config)
+    for i in range(count):
+        data = bytearray(good)
+        DAMAGES[i % len(DAMAGES)](data, draw)
+        if bytes(data) == good:
+            continue
+        path.write_bytes(data)
+        try:
+            loaded = NAMM.load_original_checkpoint(path, which, config)
+        except ValueError as error:
+            refused += 1
+            if str(path) not in str(error):
+                raise
+        else:
+            assert loaded.fingerprint() == whole.fingerprint()
+            assert loaded.count == whole.count
+    # Much of a small zip file is padding.
+    assert refused > 0.2 * count
 
 
 @pytest.mark.parametrize("section", ["config", "budget", "checksum"])

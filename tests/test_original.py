@@ -62,10 +62,27 @@ def test_checkpoint_without_statistics(tmp_path):
     ({f"{STORED}var": None}, f"must hold the tensor '{STORED}var', got none"),
     ({"mean": NONFINITE}, "mean must be finite, got 2 NaN or infinite values"),
     ({f"{STORED}mean": torch.zeros(16)}, r"mean must be \[17\], got \[16\]"),
-], ids=range(4))  # fmt: skip
+    ({"mean": torch.randn(4172, dtype=torch.complex64)}, "mean must be a floating tensor, got"),
+    ({"mean": torch.randn(4172).to_sparse()}, "mean must be a dense tensor, got torch.sparse_coo"),
+    ({"mean": torch.randn(4172).int()}, r"mean must be a floating tensor, got torch\.int32"),
+    ({"mean": torch.empty(4172, device="meta")}, "mean must be a dense tensor, got one without"),
+    ({f"{STORED}var": torch.full((17,), -0.5)}, "var must not be negative"),
+    ({f"{STORED}num": torch.full((17,), torch.inf)}, "whole numbers of at least 0, got inf to inf"),
+    ({f"{STORED}num": torch.full((17,), torch.nan)}, "whole numbers of at least 0, got nan to nan"),
+    ({f"{STORED}num": torch.full((17,), 8.5)}, "whole numbers of at least 0, got 8.5 to 8.5"),
+    ({f"{STORED}num": torch.full((17,), -1)}, "whole numbers of at least 0, got -1 to -1"),
+    ({f"{STORED}num": torch.ones(17).cfloat()}, "whole numbers, got 17 of torch.complex64"),
+    ({f"{STORED}num": torch.ones(0)}, "whole numbers, got 0 of torch.float32"),
+    ({f"{STORED}num": torch.ones(17).to_sparse()}, "num must be a dense tensor"),
+], ids=range(16))  # fmt: skip
 def test_incomplete_checkpoint(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         NAMM.load_original_checkpoint(checkpoint(tmp_path / "x.pt", **changes))
+
+
+def test_counts_may_be_floats(tmp_path):
+    path = checkpoint(tmp_path / "x.pt", **{f"{STORED}num": torch.full((17,), 9.0)})
+    assert NAMM.load_original_checkpoint(path).count == 9
 
 
 class Payload:
