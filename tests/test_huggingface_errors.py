@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -37,12 +39,11 @@ MODELS = {
     ),
     "mamba": (
         lambda: transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
-        "NAMMCache: layers must have full or sliding attention, layer 0 of 'mamba' has "
-        "'linear_attention'",
+        "NAMMCache: at least one layer must have full attention, in 'mamba' none has",
     ),
     "all_sliding": (
         lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
-        "NAMMCache: at least one layer must have full attention, in 'mistral' all are sliding",
+        "NAMMCache: at least one layer must have full attention, in 'mistral' none has",
     ),
     "mla": (
         lambda: transformers.DeepseekV3Config(
@@ -57,22 +58,31 @@ MODELS = {
         lambda: transformers.Gemma2Config(**{**COMMON, "head_dim": 8}),
         "NAMMCache: softcapped attention logits are not supported, got 'gemma2'",
     ),
-    "linear": (
-        lambda: transformers.Qwen3NextConfig(
-            **COMMON, head_dim=8, layer_types=["linear_attention", "full_attention"],
-            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
-            linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1,
-            moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    "both_in_one": (
+        lambda: transformers.FalconH1Config(
+            **COMMON, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+            mamba_d_ssm=64,
         ),
-        "NAMMCache: layers must have full or sliding attention, layer 0 of 'qwen3_next' has "
-        "'linear_attention'",
+        "NAMMCache: layers must have full, sliding or linear attention or a recurrent state, layer "
+        "0 of 'falcon_h1' has 'hybrid'",
     ),
-    "sinks": (
-        lambda: transformers.GptOssConfig(
-            **COMMON, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8,
-            layer_types=["full_attention", "sliding_attention"],
+    "minimax": (
+        lambda: transformers.MiniMaxConfig(**COMMON, num_local_experts=2),
+        "NAMMCache: 'minimax' is not supported, it needs a cache class of its own",
+    ),
+    "doge": (
+        lambda: transformers.DogeConfig(**COMMON),
+        "NAMMCache: 'doge' is not supported, it makes masks of its own from the values",
+    ),
+    "diffllama": (
+        lambda: transformers.DiffLlamaConfig(**COMMON),
+        "NAMMCache: 'diffllama' is not supported, it uses the keys of a layer twice",
+    ),
+    "bidirectional": (
+        lambda: transformers.BertConfig(
+            **{k: v for k, v in COMMON.items() if "token_id" not in k}, is_decoder=False
         ),
-        "apply: GptOssForCausalLM has attention sinks (learned), which are not supported",
+        "apply: attention must be causal, that of BertLMHeadModel is not",
     ),
 }  # fmt: skip
 
@@ -94,8 +104,42 @@ def test_models_without_a_memory_are_refused(name):
 def test_recurrent_states_are_refused(model, monkeypatch):
     """For hybrids whose configuration does not list its layers."""
     monkeypatch.setattr(model.model, "_is_stateful", True, raising=False)
-    with error("apply: LlamaForCausalLM keeps a recurrent state, not only keys and values"):
+    with error("apply: LlamaForCausalLM keeps a recurrent state in layers that it does not list"):
         apply(model, POLICY)
+
+
+def test_a_model_without_generate_is_refused_whole(model):
+    before = dict(vars(model.model))
+    message = (
+        "apply: model must have generate, which LlamaModel has not; pass "
+        "cache=NAMMCache(model, policy) to its calls"
+    )
+    with error(message):
+        apply(model.model, POLICY)
+    with error(message), patch(model.model, POLICY):
+        pass
+    assert vars(model.model).keys() == before.keys()
+    cache = NAMMCache(model.model, POLICY)
+    model.model(torch.ones(1, 40, dtype=torch.long), past_key_values=cache)
+    assert cache.get_seq_length() == 40
+
+
+def test_a_call_that_uses_no_memory_says_so(model):
+    ids = torch.ones(1, 40, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(ids)
+        with patch(model, POLICY):
+            model.generate(ids, max_new_tokens=2)
+            model(ids, past_key_values=NAMMCache(model, POLICY))
+            model(ids, use_cache=False)
+            twin = copy.deepcopy(model)
+            with pytest.raises(UserWarning, match="called without a cache, so its memory is not"):
+                model(ids)
+        model(ids)
+        assert not model._forward_pre_hooks
+        remove(twin)
+        twin(ids)
 
 
 def test_encoder_decoders_are_refused():
@@ -165,7 +209,6 @@ def test_key_used_twice_or_by_another_layer(model):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"s_aux": torch.zeros(4)}, "namm: attention sinks (s_aux) is not supported"),
         ({"softcap": 30.0}, "namm: softcapped attention logits (softcap) is not supported"),
         ({"position_bias": torch.zeros(1)}, "namm: a position bias (position_bias) is not"),
         ({"sliding_window": 8}, "namm: a sliding window on a full-attention layer"),

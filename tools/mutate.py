@@ -75,7 +75,8 @@ SWAPPED: dict[type[ast.operator], tuple[str, str]] = {
 # What stands in a line of C++, and what is put in its place.
 TOKENS = (
     (r" < ", " <= "), (r" <= ", " < "), (r" > ", " >= "), (r" >= ", " > "), (r" == ", " != "),
-    (r" != ", " == "), (r" && ", " || "), (r" \|\| ", " && "), (r" \+ 1\b(?!\.)", ""), (r" - 1\b(?!\.)", ""),
+    (r" != ", " == "), (r" && ", " || "), (r" \|\| ", " && "),
+    (r" \+ 1\b(?!\.)", ""), (r" - 1\b(?!\.)", ""),
     (r"std::max", "std::min"), (r"std::min", "std::max"), (r" \+ ", " - "), (r" - ", " + "),
     (r" % ", " * "), (r" \+= ", " -= "),
 )  # fmt: skip

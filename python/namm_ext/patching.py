@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from .cache import NAMMCache, cache_keyword
@@ -190,7 +191,7 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
         ValueError: if a part of the model cannot have a memory; names it.
         TypeError: if ``policy`` is no policy.
     """
-    memory = Memory(_checked(policy))
+    memory = Memory(_checked(model, policy))
     with LOCK:
         keep(model)
         generate = _generate_of(model)
@@ -231,7 +232,7 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
         >>> memory.report().layers[0].kept
         ((8, 8),)
     """
-    memory = Memory(_checked(policy))
+    memory = Memory(_checked(model, policy))
     with borrow(model, user=memory):
         with LOCK:
             generate = _generate_of(model)
@@ -244,22 +245,46 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
                 _drop_unused(model, generate)
 
 
-def _checked(policy: Policy) -> Policy:
+def _checked(model: PreTrainedModel, policy: Policy) -> Policy:
     if not isinstance(policy, Policy):
         raise TypeError(f"apply: policy must be a Policy, got {type(policy).__name__}")
+    if isinstance(model, PreTrainedModel) and not hasattr(type(model), "generate"):
+        raise ValueError(
+            f"apply: model must have generate, which {type(model).__name__} has not; pass "
+            "cache=NAMMCache(model, policy) to its calls"
+        )
     return policy
+
+
+def _say_so(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A call of a patched model without a cache reads and forgets nothing of any memory."""
+    del args
+    if torch.compiler.is_compiling() or kwargs.get("use_cache") is False:
+        return
+    if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
+        return
+    warnings.warn(
+        f"patch: {type(model).__name__} was called without a cache, so its memory is not used; "
+        "call model.generate, or pass cache=NAMMCache(model, policy)",
+        stacklevel=3,
+    )
 
 
 def _generate_of(model: PreTrainedModel) -> _Generate:
     generate = vars(model).get("generate")
     if not isinstance(generate, _Generate):
         generate = vars(model)["generate"] = _Generate(model, generate)
+        model.register_forward_pre_hook(_say_so, with_kwargs=True)
     return generate
 
 
 def _drop_unused(model: PreTrainedModel, generate: _Generate) -> None:
     # Somebody else may have wrapped it since; it then passes calls through.
     if not generate._all() and vars(model).get("generate") is generate:
+        hooks = model._forward_pre_hooks
+        for number in [number for number, hook in hooks.items() if hook is _say_so]:
+            del hooks[number]
+            model._forward_pre_hooks_with_kwargs.pop(number, None)
         if generate.own is None:
             del vars(model)["generate"]
         else:

@@ -103,8 +103,8 @@ class Report:
     """A whole cache: its layers and the totals.
 
     ``kv_bytes``, ``memory_bytes`` and ``recorded_bytes`` are allocated bytes, ``total_bytes`` is
-    their sum; the peaks are of the model as a whole. Stock sliding layers of a hybrid count as
-    ``sliding_bytes``.
+    their sum; the peaks are of the model as a whole. Stock layers of a hybrid count as
+    ``sliding_bytes``, those with a recurrent state too.
     """
 
     policy: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import (
@@ -23,7 +24,6 @@ from .layer import NAME, TAG, NAMMLayer
 
 # Arguments of attention functions that change the result and that the kernels do not know.
 _UNSUPPORTED = {
-    "s_aux": "attention sinks",
     "softcap": "softcapped attention logits",
     "position_bias": "a position bias",
     "sliding_window": "a sliding window on a full-attention layer",
@@ -70,6 +70,7 @@ def namm_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of new tokens over everything their layer remembers, themselves included.
@@ -80,6 +81,7 @@ def namm_attention_forward(
         attention_mask: None or ``[B, seen + L]`` bool.
         scaling: softmax scale, default ``D ** -0.5``.
         dropout: must be 0.
+        s_aux: ``[Hq]`` logits of attention sinks.
 
     Returns:
         ``[B, L, Hq, Dv]`` and None: there are no attention weights to show.
@@ -90,7 +92,7 @@ def namm_attention_forward(
     layer: NAMMLayer | None = getattr(key, TAG, None)
     if layer is None:
         return _stock_attention(
-            module, query, key, value, attention_mask, scaling, dropout, **kwargs
+            module, query, key, value, attention_mask, scaling, dropout, s_aux, **kwargs
         )
     # First: whatever is refused below, the keys have arrived.
     layer.claim(module)
@@ -134,10 +136,10 @@ def namm_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
         out = torch.ops.namm_ext.layer_forward(
-            query, key, value, attention_mask, layer.handle, scale
+            query, key, value, attention_mask, layer.handle, scale, s_aux
         )
     else:
-        out = layer.forward(query, key, value, attention_mask, scale)
+        out = layer.forward(query, key, value, attention_mask, scale, s_aux)
     return out, None
 
 
@@ -149,6 +151,7 @@ def _stock_attention(
     attention_mask: Tensor | None,
     scaling: float | None,
     dropout: float,
+    s_aux: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if attention_mask is not None and attention_mask.dim() == 2:
@@ -160,11 +163,35 @@ def _stock_attention(
             allow_is_causal_skip=False,
             device=query.device,
         )
+    if s_aux is not None:
+        return _sdpa_with_sink(query, key, value, attention_mask, scaling, s_aux), None
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     result: tuple[Tensor, None] = sdpa(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
     return result
+
+
+def _sdpa_with_sink(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    s_aux: Tensor,
+) -> Tensor:
+    """PyTorch's SDPA leaves sinks out: here they are one more key, of zeros, with a bias."""
+    length, size = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = query.new_ones(length, size, dtype=torch.bool).tril(size - length)
+    bias = query.new_zeros(query.shape[0], query.shape[1], length, size + 1)
+    bias[..., :size].masked_fill_(~mask, -torch.inf)
+    bias[..., size] = s_aux.to(query.dtype)[:, None]
+    key, value = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (key, value))
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, namm_attention_forward)

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..policy import Policy
 from ..ragged import lasting
 from ..report import LayerReport, Report
 from . import files
-from .families import decoder_config, layer_types
+from .families import decoder_config, stock_layers
 from .layer import NAMMLayer
-from .session import Session, refuse
+from .recurrent import is_recurrent, refuse
+from .session import Session
 from .switching import keep
 
 
@@ -75,21 +76,20 @@ class NAMMCache(Cache):
         if model is not None:
             keep(given)
         config = decoder_config(given if model is None else given.config)
-        types = layer_types(config)
+        layers = stock_layers(config)
         if policy.calibration is not None:
-            policy.calibration.check_model(len(types), getattr(config, "num_key_value_heads", None))
-        sliding = {
-            i: DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
-            for i, kind in enumerate(types)
-            if kind == "sliding_attention"
-        }
-        memories = [i for i in range(len(types)) if i not in sliding]
-        session = Session(config, policy, param_index, memories, sliding)
+            heads = getattr(config, "num_key_value_heads", None)
+            policy.calibration.check_model(len(layers), heads)
+        memories = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        session = Session(
+            config, policy, param_index, memories,
+            {i: x for i, x in enumerate(layers) if isinstance(x, DynamicSlidingWindowLayer)},
+            {i: x for i, x in enumerate(layers) if is_recurrent(x)},
+        )  # fmt: skip
         if model is not None:
             session.model = weakref.ref(model)
-        layers: list[Any] = [
-            sliding[i] if i in sliding else NAMMLayer(session, i) for i in range(len(types))
-        ]
+        for i in memories:
+            layers[i] = NAMMLayer(session, i)
         super().__init__(layers=layers)
         self.session = session
 
@@ -107,7 +107,9 @@ class NAMMCache(Cache):
         """The memory of a layer. Raises TypeError if it has none."""
         layer = self.layers[layer_idx]
         if not isinstance(layer, NAMMLayer):
-            raise TypeError(f"NAMMCache: layer {layer_idx} has no memory, it is a sliding layer")
+            raise TypeError(
+                f"NAMMCache: layer {layer_idx} has no memory, it is a {type(layer).__name__}"
+            )
         return layer
 
     @property
@@ -127,6 +129,7 @@ class NAMMCache(Cache):
         """(length, offset) of the keys that a layer's mask is for."""
         if self.session.sliding:
             self.session.settle_sliding()
+        self.session.recurrent.call_begins()
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
@@ -142,6 +145,29 @@ class NAMMCache(Cache):
             key_states, value_states, layer_idx, *args, **kwargs
         )
         return result
+
+    # Whatever a recurrent layer asks for, it is about to change its state.
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """What the convolution of a recurrent layer has seen last."""
+        self.session.recurrent.reads(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """The state of a recurrent layer."""
+        self.session.recurrent.reads(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """New columns for the convolution of a recurrent layer."""
+        self.session.recurrent.reads(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The new state of a recurrent layer."""
+        self.session.recurrent.reads(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     @property
     def is_initialized(self) -> bool:
@@ -199,6 +225,7 @@ class NAMMCache(Cache):
             raise ValueError(f"crop: cannot remove {removed} tokens, the cache has seen {length}")
         memories = [layer for layer in self.memory_layers if layer.kv is not None]
         if removed:
+            session.recurrent.check_crop()
             for sliding in session.sliding.values():
                 if not _can_crop(sliding, removed):
                     raise RuntimeError(
@@ -222,6 +249,7 @@ class NAMMCache(Cache):
         for sliding in session.sliding.values():
             if sliding.is_initialized and (removed or sliding.record_past):
                 sliding.crop(-removed)
+        session.recurrent.crop(removed)
         session.cropped(target)
 
     def _settle(self) -> None:
@@ -229,6 +257,7 @@ class NAMMCache(Cache):
         session = self.session
         session.settle_length()
         session.settle_sliding()
+        session.recurrent.check()
         for layer in self.memory_layers:
             if layer.pending:
                 refuse(layer.layer_idx)
@@ -289,6 +318,7 @@ class NAMMCache(Cache):
                 layer.kv.select_rows(rows)
         for sliding in self.session.sliding.values():
             sliding.reorder_cache(index)
+        self.session.recurrent.reorder(index)
         if self.session.param_index is not None:
             self.session.param_index = self.session.param_index[index]
         self.session.select_mask(index)
@@ -301,7 +331,6 @@ class NAMMCache(Cache):
         It holds what the memory holds: kept tokens, state and windows, and fingerprints of policy
         and model. The recorded past (``activate_past_recording``) is not saved.
         """
-        self._settle()
         self._settle()
         files.save(self.session, self.layers, path)
 
@@ -369,6 +398,8 @@ class NAMMCache(Cache):
                 held = layer.keys.nbytes + layer.values.nbytes
                 sliding += held
                 sliding_full += held // max(layer.keys.shape[-2], 1) * layer.get_seq_length()
+        sliding += self.session.recurrent.num_bytes
+        sliding_full += self.session.recurrent.num_bytes
         full = sum(layer.full_bytes for layer in layers) + sliding_full
         return Report(
             policy=type(self.policy).__name__,

@@ -34,10 +34,11 @@ def layer_forward(
     attention_mask: Tensor | None,
     handle: Tensor,
     softmax_scale: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """``NAMMLayer.forward`` of the layer behind ``handle``, opaque to torch.compile."""
     layer = _LAYERS[int(handle)]
-    return layer.forward(query, key, value, attention_mask, softmax_scale)
+    return layer.forward(query, key, value, attention_mask, softmax_scale, sink_logits)
 
 
 @layer_forward.register_fake
@@ -48,5 +49,6 @@ def _(
     attention_mask: Tensor | None,
     handle: Tensor,
     softmax_scale: float,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

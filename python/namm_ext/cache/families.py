@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .recurrent import is_recurrent
+
+# Layers without attention, which store nothing; only newer versions of transformers have them.
+_Dummy: Any = getattr(cache_utils, "DummyLayer", None)
+# What configurations call full attention.
+_FULL = ("full_attention", "attention")
+# Models whose layers do what neither their cache nor their configuration tells.
+_PARTICULAR = {
+    "diffllama": "it uses the keys of a layer twice",
+    "doge": "it makes masks of its own from the values",
+    "minimax": "it needs a cache class of its own",
+}
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -19,13 +35,16 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return decoder
 
 
-def layer_types(config: PreTrainedConfig) -> list[str]:
-    """``"full_attention"`` or ``"sliding_attention"`` for every layer.
+def stock_layers(config: PreTrainedConfig) -> list[Any]:
+    """The layers of transformers' own cache for a decoder; a memory goes where it has a
+    ``DynamicLayer``.
 
     Raises:
         ValueError: for a kind of layer or attention that a memory cannot serve; names it.
     """
     name = config.model_type
+    if name in _PARTICULAR:
+        raise ValueError(f"NAMMCache: {name!r} is not supported, {_PARTICULAR[name]}")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(f"NAMMCache: multi-head latent attention is not supported, got {name!r}")
     for field in ("attn_logit_softcapping", "attn_logit_softcap"):
@@ -33,29 +52,30 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
             raise ValueError(
                 f"NAMMCache: softcapped attention logits are not supported, got {name!r}"
             )
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    if "reuse" in modes or getattr(config, "num_kv_shared_layers", None):
         raise ValueError(
             f"NAMMCache: keys and values shared between layers are not supported, got {name!r}"
         )
     if getattr(config, "is_causal", True) is False:
         raise ValueError(f"NAMMCache: attention must be causal, got {name!r}")
-    num_layers = config.num_hidden_layers
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        sliding = getattr(config, "sliding_window", None) is not None
-        types = ["sliding_attention" if sliding else "full_attention"] * num_layers
-    types = list(types)[:num_layers]
-    for i, kind in enumerate(types):
-        if kind not in ("full_attention", "sliding_attention"):
+    layers = list(DynamicCache(config=config).layers)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    for i, layer in enumerate(layers):
+        # Versions that do not know a kind take it for full attention.
+        kind = kinds[i] if i < len(kinds) else None
+        known = type(layer) is not DynamicLayer or kind in (None, *_FULL)
+        served = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, _Dummy)
+        if not known or not (served or is_recurrent(layer)):
             raise ValueError(
-                "NAMMCache: layers must have full or sliding attention, layer "
-                f"{i} of {name!r} has {kind!r}"
+                "NAMMCache: layers must have full, sliding or linear attention or a recurrent "
+                f"state, layer {i} of {name!r} has {kind or type(layer).__name__!r}"
             )
-    if "full_attention" not in types:
+    if not any(type(layer) is DynamicLayer for layer in layers):
         raise ValueError(
-            f"NAMMCache: at least one layer must have full attention, in {name!r} all are sliding"
+            f"NAMMCache: at least one layer must have full attention, in {name!r} none has"
         )
-    return types
+    return layers
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -79,8 +99,11 @@ def check_model(model: PreTrainedModel) -> None:
             f"apply: {name} does not use transformers' attention interface, so its attention "
             "cannot be reached"
         )
-    layer_types(config)
-    if any(getattr(module, "_is_stateful", False) for module in decoders):
-        raise ValueError(f"apply: {name} keeps a recurrent state, not only keys and values")
-    if any(getattr(module, "sinks", None) is not None for module in model.modules()):
-        raise ValueError(f"apply: {name} has attention sinks (learned), which are not supported")
+    stock_layers(config)
+    own = [m for m in model.modules() if getattr(m, "config", None) is config]
+    if any(getattr(m, "is_causal", True) is False and hasattr(m, "layer_idx") for m in own):
+        raise ValueError(f"apply: attention must be causal, that of {name} is not")
+    # Where a configuration does not list its layers, a cache cannot know them all.
+    stateful = any(getattr(module, "_is_stateful", False) for module in decoders)
+    if stateful and getattr(config, "layer_types", None) is None:
+        raise ValueError(f"apply: {name} keeps a recurrent state in layers that it does not list")

@@ -61,6 +61,7 @@ def save(session: Session, layers: Sequence[Any], path: str | Path) -> None:
         elif isinstance(layer, NAMMLayer) and layer.kv is not None:
             tensors |= {f"{i}.{name}": t for name, t in to_tensors(layer.kv).items()}
             tensors[f"{i}.padded"] = torch.tensor(layer.padded)
+    tensors |= session.recurrent.to_tensors()
     if session.past_mask is not None:
         tensors["past_mask"] = session.past_mask
     if session.param_index is not None:
@@ -164,7 +165,8 @@ def _fill(
     session: Session, layers: Sequence[Any], device: torch.device, tensors: Mapping[str, Tensor]
 ) -> None:
     left = {name for name in tensors if name not in ("past_mask", "param_index")}
-    lengths = set()
+    lengths: set[int] = set()
+    batches: set[int] = set()
     for i, layer in enumerate(layers):
         prefix = f"{i}."
         names = [name for name in left if name.startswith(prefix)]
@@ -172,7 +174,11 @@ def _fill(
         own = {name.removeprefix(prefix): tensors[name] for name in names}
         if isinstance(layer, DynamicSlidingWindowLayer):
             lengths.add(_fill_sliding(layer, own, device) if own else 0)
-        elif own:
+        elif i in session.recurrent.layers:
+            if own:
+                own = {name: tensor.to(device) for name, tensor in own.items()}
+                batches.add(session.recurrent.fill(i, own))
+        elif own and isinstance(layer, NAMMLayer):
             layer.kv = from_tensors(
                 own,
                 session.policy_on(device),
@@ -184,15 +190,22 @@ def _fill(
             layer.padded = int(own["padded"])
             layer.is_initialized = True
             lengths.add(layer.padded)
-        else:
+        elif isinstance(layer, NAMMLayer):
             lengths.add(0)
+        else:
+            left.update(names)
     if left:
         raise ValueError(f"unknown tensors {sorted(left)[:3]}")
     if len(lengths) != 1:
         raise ValueError(f"all layers must have seen the same columns, got {sorted(lengths)}")
     (length,) = lengths
     past_mask = tensors.get("past_mask")
-    _check_rows(session, layers, length, past_mask)
+    rows = _check_rows(session, layers, length, past_mask)
+    if session.recurrent.layers:
+        if length:
+            session.recurrent.check()
+        if batches != ({rows} if length else set()):
+            raise ValueError("all layers must have the same batch")
     session.length = session.target = length
     session.past_mask = None if past_mask is None else past_mask.to(device)
 
@@ -216,8 +229,8 @@ def _fill_sliding(
 
 def _check_rows(
     session: Session, layers: Sequence[Any], length: int, past_mask: Tensor | None
-) -> None:
-    """Every layer against the mask and the batch."""
+) -> int:
+    """Every layer against the mask and the batch, whose rows are counted."""
     seen: list[int] | None = None
     if past_mask is not None:
         if past_mask.dtype != torch.bool or past_mask.dim() != 2 or past_mask.shape[1] != length:
@@ -234,3 +247,4 @@ def _check_rows(
     index = session.param_index
     if index is not None and seen is not None and index.shape != (len(seen),):
         raise ValueError("param_index must have one entry per row")
+    return 0 if seen is None else len(seen)

@@ -10,7 +10,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..ragged import RaggedKV
 from . import compiled
-from .session import Session, refuse
+from .recurrent import refuse
+from .session import Session
 
 #: ``attn_implementation`` under which both functions are registered. transformers looks for
 #: "flash", "sdpa", "flex_attention" and "/" inside such names, so it must contain none of them.
@@ -151,7 +152,15 @@ class NAMMLayer(CacheLayerMixin):
             )
         self.pending = False
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         """Store the new tokens and attend, ``[B, L, Hq, Dv]``; updates happen in here.
 
         Raises:
@@ -178,7 +187,7 @@ class NAMMLayer(CacheLayerMixin):
         pieces = session.planner(kv.seen, width, session.spans, q.device)
         kv.mark()
         self.padded = session.target
-        out = kv.forward(q, k, v, pieces)
+        out = kv.forward(q, k, v, pieces, sink_logits)
         if self.layer_idx == session.first:
             session.started()
         if self.layer_idx == session.last:

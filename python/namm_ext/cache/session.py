@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..policy import Policy
 from ..ragged import ROLLBACK_TOKENS, Ledger, Planner
+from .recurrent import Recurrent, refuse
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -39,18 +40,21 @@ class Session:
         param_index: Tensor | None,
         memories: list[int],
         sliding: dict[int, DynamicSlidingWindowLayer],
+        recurrent: dict[int, Any],
     ) -> None:
         self.config = config
         self.policy = policy
         self.param_index = param_index
         self.first, self.last = memories[0], memories[-1]  # layers with a memory
         self.sliding = sliding
+        self.recurrent = Recurrent(recurrent, self.first, self.last)
         self.ledger = Ledger()
         self.model: weakref.ref[nn.Module] | None = None
         self.clear()
 
     def clear(self) -> None:
         self.planner = Planner(self.policy.n_up)
+        self.recurrent.clear()
         self.length = self.target = 0
         self.past_mask: Tensor | None = None
         self.spans: Spans | None = None
@@ -69,6 +73,7 @@ class Session:
     def begin(self, mask: Tensor | None, batch_size: int, width: int) -> None:
         """The first layer with a memory meets a call: check it, before any memory takes tokens."""
         self.settle_length()
+        self.recurrent.begin()
         self._read_mask(mask, batch_size, width)
         self.target = self.length + width
         if self.recording:
@@ -79,6 +84,7 @@ class Session:
     def commit(self) -> None:
         """The last layer with a memory has taken the tokens."""
         self.length, self.past_mask = self.target, self._mask
+        self.recurrent.commit()
 
     def started(self) -> None:
         """The first layer with a memory has taken the tokens."""
@@ -133,6 +139,7 @@ class Session:
         self.recording, self._calls = True, 0
         for layer in self.sliding.values():
             layer.activate_past_recording()
+        self.recurrent.record(True)
 
     def end_recording(self) -> None:
         """Layers with a memory drop what they recorded at their next call."""
@@ -141,6 +148,7 @@ class Session:
             if layer.record_past and layer.is_initialized:
                 layer.crop(0)
             layer.record_past = False
+        self.recurrent.record(False)
 
     def cropped(self, length: int) -> None:
         """All layers have forgotten the columns from ``length`` on."""
@@ -205,11 +213,3 @@ class Session:
     def _keep_mask(self, mask: Tensor) -> None:
         # A batch without padding may come with a mask or without.
         self.past_mask = None if bool(mask.all()) else mask
-
-
-def refuse(layer_idx: int, cause: Exception | None = None) -> NoReturn:
-    """Raise what a cache says that a failed call left between two states."""
-    raise ValueError(
-        f"NAMMCache: a forward pass was interrupted or failed, and layer {layer_idx} cannot go "
-        "back behind it; start again with cache.reset()"
-    ) from cause

@@ -129,12 +129,21 @@ class RaggedKV:
         """What comes in from here on can be taken back by ``roll_back``."""
         self._before = self.seen
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pieces: Sequence[Piece],
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         """Take in new tokens and attend to what the layer remembers.
 
         Args:
             q: ``[B, Hq, L, D]`` after RoPE. k: ``[B, H, L, D]``. v: ``[B, H, L, Dv]``.
             pieces: of a ``Planner`` for ``seen`` and L.
+            sink_logits: ``[Hq]``, the logit of a column of each query head that takes its part of
+                the attention and has no value (GPT-OSS).
 
         Returns:
             ``[B, L, Hq, Dv]``; zero in padding columns.
@@ -147,7 +156,7 @@ class RaggedKV:
         out = q.new_empty(shape) if dense else q.new_zeros(shape)
         for piece in pieces:
             self.append(k, v, piece)
-            self.attend(q, out, piece)
+            self.attend(q, out, piece, sink_logits)
             if piece.due is not None:
                 self.update(piece.due)
         return out
@@ -160,7 +169,9 @@ class RaggedKV:
         self.seen = piece.seen
         self.overdue = piece.due
 
-    def attend(self, q: Tensor, out: Tensor, piece: Piece) -> None:
+    def attend(
+        self, q: Tensor, out: Tensor, piece: Piece, sink_logits: Tensor | None = None
+    ) -> None:
         """Attention of the piece's queries, into their columns of ``out``; fills the windows."""
         if piece.columns is not None and piece.width != q.shape[2]:
             q, out = q[:, :, piece.columns], out[:, piece.columns]
@@ -175,6 +186,8 @@ class RaggedKV:
             out, lse, q, self.store.segments, piece.first, piece.num_new, piece.pos_first,
             softmax_scale=self.softmax_scale,
         )  # fmt: skip
+        if sink_logits is not None:
+            _add_sink(out, lse, piece, sink_logits)
         if windowed and piece.scatter is not None:
             rows, cols, slots = piece.scatter
             if piece.columns is not None:
@@ -341,3 +354,17 @@ class RaggedKV:
         """Take this layer's bytes off the books; the store must not be used afterwards."""
         self.forget_past()
         self.ledger.add(-self.ledger.kv, -self.ledger.memory)
+
+
+def _add_sink(out: Tensor, lse: Tensor, piece: Piece, sink_logits: Tensor) -> None:
+    """What ``out`` and ``lse`` are if one more column of each head takes part in the softmax.
+
+    With the new ``lse``, whoever computes the attention again from it sees the same weights.
+    """
+    columns = torch.arange(out.shape[1], device=out.device)
+    first, stop = piece.first[:, None], (piece.first + piece.num_new)[:, None]
+    ours = ((columns >= first) & (columns < stop))[:, None]  # other columns are other pieces'
+    total = torch.logaddexp(lse, sink_logits.to(lse)[:, None])
+    part = (lse - total).exp().where(ours, 1.0)
+    out.mul_(part.transpose(1, 2).unsqueeze(-1))
+    lse.copy_(total.where(ours, lse))

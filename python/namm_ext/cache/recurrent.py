@@ -1,0 +1,179 @@
+"""The layers of hybrids that keep a state instead of keys and values: transformers' own, watched.
+
+Linear attention, state spaces and short convolutions change their state in place, and nothing can
+take a token out of it again. So a call that fails after one of them has read it cannot be undone;
+the cache knows of it and says so until ``reset``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from torch import Tensor
+from transformers import cache_utils
+
+# Only newer versions of transformers have them.
+_LINEAR: Any = getattr(cache_utils, "LinearAttentionLayer", None)
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a layer of transformers keeps a state and nothing else."""
+    return _LINEAR is not None and type(layer) is _LINEAR
+
+
+class Recurrent:
+    """The recurrent layers of a cache, and how many calls each of them has read.
+
+    Args:
+        layers: by their index.
+        first, last: index of the first and the last layer with a memory.
+    """
+
+    def __init__(self, layers: dict[int, Any], first: int, last: int) -> None:
+        self.layers, self.first, self.last = layers, first, last
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, the size of the batch too."""
+        self.done = 0  # calls that every memory has taken
+        self._calls = dict.fromkeys(self.layers, 0)
+        self._read = set[int]()  # by which layers, in the current call
+        for layer in self.layers.values():
+            layer.__init__(number_of_states=layer.number_of_states)
+
+    def call_begins(self) -> None:
+        """Masks are being made, or a memory knows: what is read from here on is another call."""
+        self._read.clear()
+
+    def reads(self, layer_idx: int) -> None:
+        """A layer is about to change its state.
+
+        Raises:
+            ValueError: if it has read a call that others have not.
+        """
+        if layer_idx in self._read:
+            return
+        # The memories before it have taken the call already.
+        if self._calls[layer_idx] != self.done - (layer_idx > self.last):
+            refuse(layer_idx)
+        self._calls[layer_idx] += 1
+        self._read.add(layer_idx)
+
+    def begin(self) -> None:
+        """The first memory meets a call: the layers before it have read it, no other.
+
+        Raises:
+            ValueError: if it is otherwise.
+        """
+        for i, calls in self._calls.items():
+            if calls != self.done + (i < self.first):
+                refuse(i)
+        self._read.clear()
+
+    def commit(self) -> None:
+        """The last memory has taken a call."""
+        self.done += 1
+        self._read.clear()
+
+    def check(self) -> None:
+        """Between two calls: all have read the same ones.
+
+        Raises:
+            ValueError: if one failed on its way.
+        """
+        for i, calls in self._calls.items():
+            if calls != self.done:
+                refuse(i)
+
+    def check_crop(self) -> None:
+        """Before tokens are taken back.
+
+        Raises:
+            RuntimeError: if a layer cannot do that.
+        """
+        for i, layer in self.layers.items():
+            if any(layer.is_recurrent_states_initialized.values()):
+                raise RuntimeError(
+                    f"crop: layer {i} keeps a recurrent state, from which no token can be taken "
+                    "back; save or deepcopy the cache before the tokens come in"
+                )
+            if any(layer.is_conv_states_initialized.values()) and not layer.record_past:
+                raise RuntimeError(
+                    f"crop: layer {i} has dropped what it would need; call "
+                    "cache.activate_past_recording() before the tokens come in"
+                )
+
+    def crop(self, removed: int) -> None:
+        """Forget the newest tokens, after ``check_crop``; with 0 only what was recorded."""
+        for layer in self.layers.values():
+            if layer.record_past and any(layer.is_conv_states_initialized.values()):
+                layer.crop(-removed)
+
+    def record(self, recording: bool) -> None:
+        """Begin or end to keep what ``crop`` needs."""
+        if not recording:
+            self.crop(0)
+        for layer in self.layers.values():
+            layer.record_past = recording
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row ``rows[i]``."""
+        for layer in self.layers.values():
+            if layer.device is not None:
+                layer.reorder_cache(rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all states; a full cache has the same."""
+        return sum(tensor.nbytes for _, _, _, tensor in self._tensors())
+
+    # Files ---------------------------------------------------------------------------------------
+
+    def _tensors(self) -> Iterator[tuple[int, str, int, Tensor]]:
+        for i, layer in self.layers.items():
+            for name in ("conv_states", "recurrent_states"):
+                for number, tensor in getattr(layer, name).items():
+                    if tensor is not None:
+                        yield i, name, number, tensor
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """States by name, without what is only recorded."""
+        tensors = {}
+        for i, name, number, tensor in self._tensors():
+            if name == "conv_states":
+                tensor = tensor[..., -self.layers[i].conv_kernel_size[number] :]
+            tensors[f"{i}.{name}.{number}"] = tensor
+        return tensors
+
+    def fill(self, layer_idx: int, own: dict[str, Tensor]) -> int:
+        """Put what a file has into a layer; the size of the batch.
+
+        Raises:
+            ValueError: if it cannot be a layer's.
+        """
+        layer, sizes = self.layers[layer_idx], set()
+        for name, tensor in own.items():
+            kind, _, number = name.partition(".")
+            if kind not in ("conv_states", "recurrent_states") or not number.isdigit():
+                raise ValueError(f"unknown tensors ['{layer_idx}.{name}']")
+            if not 0 <= int(number) < layer.number_of_states or not tensor.dim():
+                raise ValueError(f"{name} must be a state of layer {layer_idx}")
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} must be finite")
+            layer.lazy_initialization(**{kind: tensor, "state_idx": int(number)})
+            getattr(layer, kind)[int(number)].copy_(tensor)
+            layer.has_previous_state[int(number)] = True
+            sizes.add(tensor.shape[0])
+        if len(sizes) != 1:
+            raise ValueError(f"the states of layer {layer_idx} must have the same batch")
+        self._calls[layer_idx] = self.done = 1
+        return sizes.pop()
+
+
+def refuse(layer_idx: int, cause: Exception | None = None) -> NoReturn:
+    """Raise what a cache says that a failed call left between two states."""
+    raise ValueError(
+        f"NAMMCache: a forward pass was interrupted or failed, and layer {layer_idx} cannot go "
+        "back behind it; start again with cache.reset()"
+    ) from cause

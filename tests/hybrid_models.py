@@ -1,0 +1,89 @@
+"""Tiny random hybrids: memories beside layers that slide, recur, convolve or do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf_models import COMMON
+
+_SIZES: dict[str, Any] = {**COMMON, "num_hidden_layers": 4}
+_LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+}  # fmt: skip
+_MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SLIDING: dict[str, Any] = {
+    "sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}  # fmt: skip
+
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **_SIZES, **_LINEAR, **_MOE, head_dim=8, num_experts=4, shared_expert_intermediate_size=16
+    ),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**_SIZES, **_LINEAR, head_dim=8),
+    "olmo_hybrid": lambda: transformers.OlmoHybridConfig(
+        **{**_SIZES, **_LINEAR, "linear_num_value_heads": 2},
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**_SIZES, layer_types=["conv", "full_attention"] * 2),
+    "granite_4_h": lambda: transformers.GraniteMoeHybridConfig(
+        **_SIZES, **_MAMBA, layer_types=["mamba", "attention"] * 2, num_local_experts=0,
+        shared_intermediate_size=32,
+    ),
+    "granite_4": lambda: transformers.GraniteMoeHybridConfig(
+        **_SIZES, **_MAMBA, layer_types=["attention"] * 4, num_local_experts=0,
+        shared_intermediate_size=32,
+    ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **{k: v for k, v in _SIZES.items() if k != "num_hidden_layers"}, **_MOE,
+        layers_block_type=["mamba", "attention", "moe", "attention"], head_dim=8,
+        mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, n_groups=1, n_routed_experts=4,
+        moe_shared_expert_intermediate_size=16,
+    ),
+    "jamba": lambda: transformers.JambaConfig(
+        **_SIZES, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, num_experts=4,
+        use_mamba_kernels=False,
+    ),
+    "bamba": lambda: transformers.BambaConfig(**_SIZES, **_MAMBA, attn_layer_indices=[1, 3]),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **_SIZES, head_dim=8, attention_chunk_size=16, intermediate_size_mlp=48,
+        num_local_experts=2, interleave_moe_layer_step=2, no_rope_layers=[1, 1, 1, 0],
+        layer_types=["chunked_attention"] * 3 + ["full_attention"],
+    ),
+    "gemma3n": lambda: transformers.Gemma3nTextConfig(
+        **{**_SIZES, "intermediate_size": [48] * 4}, **_SLIDING, head_dim=8,
+        num_kv_shared_layers=0, vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **_SIZES, **_SLIDING, head_dim=8, global_head_dim=8, num_kv_shared_layers=0,
+        vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+}  # fmt: skip
+
+
+def build_hybrid(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A random model; the test is skipped where this transformers has none of the kind."""
+    try:
+        config = HYBRIDS[name]()
+    except AttributeError as error:
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
+    torch.manual_seed(0)
+    # Grouped products of experts have no float64.
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    with torch.no_grad():
+        for module in model.modules():
+            if getattr(module, "sinks", None) is not None:
+                module.sinks.normal_(1.0)
+    return model.to(dtype).eval()
