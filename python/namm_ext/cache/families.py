@@ -99,9 +99,17 @@ def check_model(model: PreTrainedModel) -> None:
             f"apply: {name} does not use transformers' attention interface, so its attention "
             "cannot be reached"
         )
-    stock_layers(config)
+    layers = stock_layers(config)
+    found = {getattr(module, "layer_idx", None) for module in model.modules()}
+    missing = [i for i, x in enumerate(layers) if type(x) is DynamicLayer and i not in found]
+    if missing:
+        raise ValueError(
+            f"apply: the configuration of {name} tells of {len(layers)} layers, of which the model "
+            f"has none with layer_idx {missing[0]}"
+        )
     own = [m for m in model.modules() if getattr(m, "config", None) is config]
-    if any(getattr(m, "is_causal", True) is False and hasattr(m, "layer_idx") for m in own):
+    causal = {bool(m.is_causal) for m in own if hasattr(m, "layer_idx") and hasattr(m, "is_causal")}
+    if causal == {False}:  # cross-attention of a decoder is not either
         raise ValueError(f"apply: attention must be causal, that of {name} is not")
     # Where a configuration does not list its layers, a cache cannot know them all.
     stateful = any(getattr(module, "_is_stateful", False) for module in decoders)

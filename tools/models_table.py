@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Writes docs/models.md: which causal language models of the installed transformers are served.
+
+    tools/models_table.py            # a few minutes
+    tools/models_table.py --check llama qwen3_5
+
+Every architecture that transformers knows is built with a few random weights. Served means: with a
+memory that forgets nothing, the logits of chunked reading equal those of transformers' own cache in
+float64, and a memory that forgets reads on. Refused ones have the reason. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hf_models import COMMON  # noqa: E402
+from hybrid_models import HYBRIDS  # noqa: E402
+from namm_ext import NAMMCache, apply, remove  # noqa: E402
+from namm_ext.baselines import NeverEvict, StreamingLLM  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+PAGE = ROOT / "docs/models.md"
+CUTS = (0, 40, 41, 60)
+LARGEST = 5_000_000  # parameters
+INTRO = """# Models
+
+What `tools/models_table.py` finds for the causal language models of transformers {version}, built
+tiny and with random weights. **Served**: with a memory that forgets nothing, reading in pieces
+gives the logits of transformers' own cache in float64 (to 1e-6), and a memory that forgets reads
+on. Layers that are not full attention keep transformers' own cache, and cost what they cost there.
+Vision and other multimodal models are served if their language model is.
+
+{served} served, {refused} refused, {other} others.
+
+| model | layers with a memory | other layers | |
+|---|---:|---|---|
+"""
+# Sizes that some configurations want besides the common ones.
+SIZES: dict[str, Any] = {
+    "head_dim": 8, "num_layers": 2, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 1024,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "ffn_dim": 48,
+    "decoder_layers": 2, "decoder_attention_heads": 4, "d_model": 32, "decoder_ffn_dim": 48,
+    "is_decoder": True, "n_shared_experts": 1, "moe_num_experts": 4, "num_layers_decoder": 2,
+    "word_embed_proj_dim": 32, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1, "rotary_dim": 8,
+    "n_ctx": 1024, "dim": 32, "ffn_hidden_size": 48,
+}  # fmt: skip
+
+
+def config_of(name: str, num_layers: int = 2) -> Any:
+    """A tiny configuration of an architecture."""
+    if name in HYBRIDS:
+        return HYBRIDS[name]()
+    kind = transformers.CONFIG_MAPPING[name]
+    known = inspect.signature(kind.__init__).parameters
+    fields = {f.name for f in getattr(kind, "__dataclass_fields__", {}).values()}
+    sizes = {**SIZES, **COMMON, "num_hidden_layers": num_layers}
+    values = {k: v for k, v in sizes.items() if k in known or k in fields}
+    return kind(**values)
+
+
+@torch.no_grad()
+def _feed(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    key = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    parts = [model(ids[:, a:b], **{key: cache}, use_cache=True).logits for a, b in pairwise(CUTS)]
+    return torch.cat(parts, dim=1)
+
+
+def judge(name: str) -> tuple[str, int, str, str]:
+    """As `_judge`, with as many layers as it takes for one with full attention."""
+    found = _judge(name, 2)
+    return _judge(name, 6) if "must have full attention" in found[3] else found
+
+
+def _judge(name: str, num_layers: int) -> tuple[str, int, str, str]:
+    """(verdict, layers with a memory, other layers, remark) of an architecture."""
+    try:
+        torch.manual_seed(0)
+        config = config_of(name, num_layers)
+        with torch.device("meta"):
+            size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+        if size > LARGEST:
+            return "not built", 0, "", f"{size:,} parameters with the sizes that are tried"
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, experts_implementation="eager"
+        )
+        model = model.double().eval()
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(3, min(vocabulary, 90), (1, CUTS[-1]))
+        with torch.no_grad():
+            model(ids)
+    except Exception as error:  # sizes that do not fit, or code that float64 does not have
+        return "not built", 0, "", _short(error)
+    try:
+        apply(model, NeverEvict(n_up=16))
+        remove(model)
+        memory = NAMMCache(model, NeverEvict(n_up=16))
+    except Exception as error:
+        return "refused", 0, "", _short(error)
+    others = sorted({type(x).__name__ for x in memory.layers if type(x).__name__ != "NAMMLayer"})
+    count, others = len(memory.memory_layers), ", ".join(map(_plain, others))
+    try:
+        want = _feed(model, DynamicCache(config=model.config), ids)
+    except Exception as error:
+        return "stock fails", count, others, _short(error)
+    try:
+        far = float((_feed(model, memory, ids) - want).abs().max())
+        forgetting = NAMMCache(model, StreamingLLM(16, n_up=16))
+        _feed(model, forgetting, ids)
+    except Exception as error:
+        return "refused", count, others, _short(error)
+    if not far <= 1e-6:
+        return "differs", count, others, f"by {far:.0e}"
+    return "served", count, others, ""
+
+
+def _plain(name: str) -> str:
+    return {
+        "DynamicSlidingWindowLayer": "sliding",
+        "LinearAttentionLayer": "recurrent",
+        "DummyLayer": "without attention",
+    }.get(name, name)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    for prefix in ("NAMMCache: ", "apply: ", "namm: "):
+        text = text.removeprefix(prefix)
+    return text.split("; ")[0][:100].replace("|", "/")
+
+
+def table(names: list[str]) -> tuple[dict[str, int], list[str]]:
+    """How many of each verdict, and a line for each architecture."""
+    counts: dict[str, int] = {}
+    lines = []
+    for name in names:
+        verdict, count, others, remark = judge(name)
+        counts[verdict] = counts.get(verdict, 0) + 1
+        shown = "**served**" if verdict == "served" else f"{verdict}: {remark}"
+        lines.append(f"| {name} | {count or ''} | {others} | {shown} |")
+        print(lines[-1], flush=True)
+        gc.collect()
+    return counts, lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", nargs="+", metavar="NAME", help="compare these lines alone")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    if args.check:
+        _, lines = table(args.check)
+        page = PAGE.read_text(encoding="utf-8")
+        stale = [line for line in lines if line not in page]
+        print("\n".join(stale) or "as in docs/models.md")
+        return int(bool(stale))
+    names = sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    counts, lines = table(names)
+    other = sum(n for verdict, n in counts.items() if verdict not in ("served", "refused"))
+    intro = INTRO.format(
+        version=transformers.__version__, served=counts.get("served", 0),
+        refused=counts.get("refused", 0), other=other,
+    )  # fmt: skip
+    PAGE.write_text(intro + "\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
