@@ -39,7 +39,7 @@ def test_round_trips(values):
 
 SIZE = (
     "size must be an int of at least 1 (tokens per head), a float in (0, 1] (the share to keep, "
-    "1 - compression ratio) or None, got "
+    "1 - compression ratio), bytes such as '2 GiB', or None, got "
 )
 BAD = [
     ({"size": 0}, SIZE + "0"),

@@ -140,7 +140,7 @@ def test_wrong_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 BAD_SIZE = (
     "Budget: size must be an int of at least 1 (tokens per head), a float in (0, 1] (the share to "
-    "keep, 1 - compression ratio) or None, got 1.5"
+    "keep, 1 - compression ratio), bytes such as '2 GiB', or None, got 1.5"
 )
 
 

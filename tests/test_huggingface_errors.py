@@ -83,8 +83,8 @@ MODELS = {
             vocab_size=97, d_model=16, encoder_layers=3, decoder_layers=2,
             decoder_attention_heads=2, decoder_ffn_dim=16, is_encoder_decoder=False,
         ),
-        "apply: the configuration of BartForCausalLM tells of 3 layers, of which the model has none "
-        "with layer_idx 2",
+        "apply: the configuration of BartForCausalLM tells of 3 layers, of which the model has "
+        "none with layer_idx 2",
     ),
     "bidirectional": (
         lambda: transformers.BertConfig(

@@ -83,14 +83,22 @@ def _feed(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
 def judge(name: str) -> tuple[str, int, str, str]:
     """As `_judge`, with as many layers as it takes for one with full attention."""
     found = _judge(name, 2)
-    return _judge(name, 6) if "must have full attention" in found[3] else found
+    if "must have full attention" in found[3]:
+        found = _judge(name, 6)
+    if "must have full attention" in found[3]:
+        served = _judge(name, 2, sliding_window=None)
+        if served[0] == "served":
+            return (*served[:3], "with sliding_window=None")
+    return found
 
 
-def _judge(name: str, num_layers: int) -> tuple[str, int, str, str]:
+def _judge(name: str, num_layers: int, **changes: Any) -> tuple[str, int, str, str]:
     """(verdict, layers with a memory, other layers, remark) of an architecture."""
     try:
         torch.manual_seed(0)
         config = config_of(name, num_layers)
+        for field, value in changes.items():
+            setattr(config, field, value)
         with torch.device("meta"):
             size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
         if size > LARGEST:
@@ -150,7 +158,7 @@ def table(names: list[str]) -> tuple[dict[str, int], list[str]]:
     for name in names:
         verdict, count, others, remark = judge(name)
         counts[verdict] = counts.get(verdict, 0) + 1
-        shown = "**served**" if verdict == "served" else f"{verdict}: {remark}"
+        shown = f"**served** {remark}".strip() if verdict == "served" else f"{verdict}: {remark}"
         lines.append(f"| {name} | {count or ''} | {others} | {shown} |")
         print(lines[-1], flush=True)
         gc.collect()

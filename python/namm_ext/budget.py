@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 SCOPES = ("per_head", "per_layer", "global")
 SELECTIONS = ("ragged", "original")
 _MOST_TOKENS = (1 << 31) - 1
+_UNITS = {"": 1, **{p: 1000**i for i, p in enumerate("kMGT", 1)}}
+_UNITS |= {f"{p.upper()}i": 1024**i for i, p in enumerate("kMGT", 1)}
 
 
 def is_int(value: object) -> bool:
@@ -51,6 +54,29 @@ def whole_tokens(number: float) -> int:
     return max(1, math.floor(number + 1e-6))
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes as people write them: ``"2 GiB"``, ``"500 MB"``.
+
+    Raises:
+        ValueError: if the text is no number with a unit.
+
+    Example:
+        >>> parse_bytes("1.5 KiB"), parse_bytes("2MB")
+        (1536, 2000000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kMGT]|[KMGT]i)B\s*", text)
+    if found is None:
+        raise ValueError(f"parse_bytes: text must be like '2 GiB' or '500 MB', got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _is_bytes(size: object) -> bool:
+    try:
+        return isinstance(size, str) and parse_bytes(size) >= 1
+    except ValueError:
+        return False
+
+
 def _fail(name: str, expected: str, got: object) -> None:
     raise ValueError(f"Budget: {name} must be {expected}, got {got!r}")
 
@@ -63,7 +89,11 @@ class Budget:
 
     Attributes:
         size: an int: tokens per KV head, as a mean over what ``scope`` covers. A float in (0, 1]:
-            that share of the tokens a row has seen so far (1 - compression ratio). None: no limit.
+            that share of the tokens a row has seen so far (1 - compression ratio). Bytes such as
+            "2 GiB": as many tokens per head as a sequence can have in them after an update, all
+            its layers with a memory together, with keys, values, the memory's own state, and room
+            for the ``n_up`` tokens until the next update (a :class:`~namm_ext.NAMMCache` knows the
+            sizes). None: no limit.
         scope: who shares it. "per_head": each head has its own part. "per_layer": the heads of a
             layer share ``size`` times the heads. "global": the layers share as well, as the
             policy's :class:`~namm_ext.policy.Calibration` divides it, and the heads within.
@@ -87,10 +117,10 @@ class Budget:
         >>> Budget(1.5)
         Traceback (most recent call last):
         ValueError: Budget: size must be an int of at least 1 (tokens per head), a float in (0, 1] \
-(the share to keep, 1 - compression ratio) or None, got 1.5
+(the share to keep, 1 - compression ratio), bytes such as '2 GiB', or None, got 1.5
     """
 
-    size: int | float | None = None
+    size: int | float | str | None = None
     scope: str = "per_head"
     layer_shares: tuple[float, ...] | None = None
     sink_tokens: int = 0
@@ -107,13 +137,13 @@ class Budget:
 
     def _check_ranges(self) -> None:
         size, recent, shares = self.size, self.recent_tokens, self.layer_shares
-        if size is not None and not (
-            (is_int(size) and size >= 1) or (isinstance(size, float) and 0.0 < size <= 1.0)
-        ):
+        tokens = isinstance(size, int) and is_int(size) and size >= 1
+        share = isinstance(size, float) and 0.0 < size <= 1.0
+        if not (size is None or tokens or share or _is_bytes(size)):
             _fail(
                 "size",
                 "an int of at least 1 (tokens per head), a float in (0, 1] (the share to keep, "
-                "1 - compression ratio) or None",
+                "1 - compression ratio), bytes such as '2 GiB', or None",
                 size,
             )
         for name, choices in (("scope", SCOPES), ("selection", SELECTIONS)):
@@ -136,7 +166,8 @@ class Budget:
         ):
             _fail("threshold", "a finite number or None", self.threshold)
         for name in ("size", "sink_tokens", "recent_tokens"):
-            if (getattr(self, name) or 0) > _MOST_TOKENS:
+            value = getattr(self, name)
+            if is_number(value) and value > _MOST_TOKENS:
                 _fail(name, f"at most {_MOST_TOKENS}, as positions are int32", getattr(self, name))
         if not isinstance(self.protect_newest, bool):
             _fail("protect_newest", "a bool", self.protect_newest)
@@ -212,6 +243,27 @@ class Budget:
         if not isinstance(self.size, float):
             return self
         return dataclasses.replace(self, size=whole_tokens(self.size * length))
+
+    def in_tokens(self, *, fixed: int, per_token: int) -> Budget:
+        """The same budget in tokens per head, if it is in bytes.
+
+        Args:
+            fixed: bytes that a sequence has without any token, over all its layers.
+            per_token: bytes of one token in every head of every layer.
+
+        Raises:
+            ValueError: if there is no room for a token.
+
+        Example:
+            >>> Budget("1 KiB").in_tokens(fixed=24, per_token=100)
+            Budget(10)
+        """
+        if not isinstance(self.size, str):
+            return self
+        size = (parse_bytes(self.size) - fixed) // per_token
+        if size < 1:
+            _fail("size", f"at least {fixed + per_token} bytes for this model", self.size)
+        return dataclasses.replace(self, size=min(size, _MOST_TOKENS))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a plain dict, ready for JSON; :meth:`from_dict` reads it back."""

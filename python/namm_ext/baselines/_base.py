@@ -76,7 +76,7 @@ class Baseline(Policy):
     def earlier_fingerprints(self) -> tuple[str, ...]:
         """In version 1 the fields of the budget stood among the others, and floors were tokens."""
         size = self.budget.size or 1  # what a rule without a limit had
-        if self.calibration is not None or isinstance(size, float):
+        if self.calibration is not None or not isinstance(size, int):
             return ()
         flat = {
             **self._earlier_settings(),

@@ -73,7 +73,7 @@ class KVzip(Baseline):
         if self.budget.scope != "global":
             return super().room(layer_idx, seen)
         size = self.budget.size
-        assert size is not None  # a Budget makes sure
+        assert isinstance(size, int | float)  # a Budget and the store make sure
         tokens = whole_tokens(size * seen) if isinstance(size, float) else min(size, seen)
         sinks, recent = self.budget.floors(tokens)
         ranked = torch.stack(list(self.weights.values()))  # [L, H, T]

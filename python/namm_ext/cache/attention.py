@@ -96,7 +96,7 @@ def namm_attention_forward(
         )
     # First: whatever is refused below, the keys have arrived.
     layer.claim(module)
-    if kwargs.get("use_cache") is False:
+    if kwargs.get("use_cache") is False and layer.session.hears_use_cache:
         raise ValueError(
             "namm: use_cache must not be False with a NAMMCache, got False; generate would feed "
             "the whole text again at every step"

@@ -17,7 +17,7 @@ from ..policy import Policy
 from ..ragged import lasting
 from ..report import LayerReport, Report
 from . import files
-from .families import decoder_config, stock_layers
+from .families import decoder_config, passes_use_cache, stock_layers
 from .layer import NAMMLayer
 from .recurrent import is_recurrent, refuse
 from .session import Session
@@ -88,6 +88,7 @@ class NAMMCache(Cache):
         )  # fmt: skip
         if model is not None:
             session.model = weakref.ref(model)
+            session.hears_use_cache = passes_use_cache(given)
         for i in memories:
             layers[i] = NAMMLayer(session, i)
         super().__init__(layers=layers)
@@ -97,6 +98,26 @@ class NAMMCache(Cache):
     def policy(self) -> Policy:
         """The policy that decides."""
         return self.session.policy
+
+    @property
+    def evicts(self) -> bool:
+        """Whether updates forget tokens; True at first.
+
+        Between two calls it may be set: while it is False all tokens stay, and the first update
+        after it is True again goes back to the budget. Files do not keep it.
+
+        Example:
+            Read a document with the memory, then a question and its answer in full::
+
+                model(document, cache=cache)
+                cache.evicts = False
+                model.generate(question, cache=cache)
+        """
+        return self.session.evicts
+
+    @evicts.setter
+    def evicts(self, value: bool) -> None:
+        self.session.evicts = bool(value)
 
     @property
     def memory_layers(self) -> list[NAMMLayer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
@@ -76,6 +77,15 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
             f"NAMMCache: at least one layer must have full attention, in {name!r} none has"
         )
     return layers
+
+
+def passes_use_cache(model: PreTrainedModel) -> bool:
+    """Whether a model tells its layers ``use_cache``; some leave it at its default, False."""
+    try:
+        source = inspect.getsource(type(model.base_model).forward)
+    except (OSError, TypeError):  # made in a notebook, or compiled
+        return False
+    return "use_cache=use_cache" in source
 
 
 def check_model(model: PreTrainedModel) -> None:

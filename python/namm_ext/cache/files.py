@@ -186,6 +186,7 @@ def _fill(
                 layer_idx=i,
                 param_index=session.param_index,
                 ledger=session.ledger,
+                num_layers=session.num_memories,
             )
             layer.padded = int(own["padded"])
             layer.is_initialized = True

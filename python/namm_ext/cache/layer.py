@@ -181,7 +181,7 @@ class NAMMLayer(CacheLayerMixin):
             self.kv = self._make_store(q, k, v, scale)
             self.is_initialized = True
         kv = self.kv
-        kv.recording = session.recording
+        kv.recording, kv.evicts = session.recording, session.evicts
         if not kv.recording:
             kv.forget_past()
         pieces = session.planner(kv.seen, width, session.spans, q.device)
@@ -222,6 +222,7 @@ class NAMMLayer(CacheLayerMixin):
             layer_idx=self.layer_idx,
             param_index=index,
             ledger=self.session.ledger,
+            num_layers=self.session.num_memories,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NAMMLayer:

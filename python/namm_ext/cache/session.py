@@ -31,6 +31,9 @@ class Session:
         past_mask: ``[B, length]`` bool, None if there was no padding yet.
         spans: real columns of each row in the current call, None if all are.
         recording: whether updates can be undone.
+        hears_use_cache: whether attention is told the model's ``use_cache``.
+        evicts: whether the policy decides; otherwise all tokens stay.
+        num_memories: layers with a memory.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Session:
         self.policy = policy
         self.param_index = param_index
         self.first, self.last = memories[0], memories[-1]  # layers with a memory
+        self.num_memories = len(memories)
+        self.evicts = self.hears_use_cache = True
         self.sliding = sliding
         self.recurrent = Recurrent(recurrent, self.first, self.last)
         self.ledger = Ledger()

@@ -163,6 +163,8 @@ class Policy:
                 nothing about the layer.
         """
         size, limit = self.budget.size, None
+        if isinstance(size, str):
+            raise ValueError(f"Budget: size in bytes needs a NAMMCache, got {size!r} without one")
         if self.budget.scope == "global":
             if self.calibration is None:
                 raise ValueError(
@@ -242,7 +244,7 @@ class Policy:
         return ()
 
 
-def as_budget(value: Budget | int | float | None, **fields: Any) -> Budget:
+def as_budget(value: Budget | int | float | str | None, **fields: Any) -> Budget:
     """A budget as it is; a bare size as a budget with ``fields``."""
     return value if isinstance(value, Budget) else Budget(value, **fields)
 

@@ -46,6 +46,7 @@ def from_tensors(
     layer_idx: int,
     param_index: Tensor | None,
     ledger: Ledger,
+    num_layers: int = 1,
 ) -> RaggedKV:
     """The store that ``to_tensors`` wrote; the policy must be the same.
 
@@ -67,6 +68,7 @@ def from_tensors(
         layer_idx=layer_idx,
         param_index=param_index,
         ledger=ledger,
+        num_layers=num_layers,
     )
     kv.seen = tuple(seen.tolist())
     kv.num_updates = int(tensors["num_updates"])

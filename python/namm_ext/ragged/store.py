@@ -20,6 +20,9 @@ from .undo import Store, Version, choose, gather, lasting
 ROLLBACK_TOKENS = 128
 
 
+_KEEPS_ALL = Policy()  # without a limit
+
+
 class Cropped(NamedTuple):
     """What a crop leads to, and how many updates it undoes."""
 
@@ -43,6 +46,7 @@ class RaggedKV:
         layer_idx: for error messages and for policies that treat layers differently.
         param_index: ``[B]`` int32, the row of a parameter bank each batch row uses; default 0.
         ledger: where to account for memory.
+        num_layers: that share a budget in bytes.
 
     Guarantees: every slot is ``kept + n_up`` rows long; an update is computed out of place and
     committed once, so a policy that raises leaves the store as it was and the update is made up
@@ -65,6 +69,7 @@ class RaggedKV:
         layer_idx: int = 0,
         param_index: Tensor | None = None,
         ledger: Ledger | None = None,
+        num_layers: int = 1,
     ) -> None:
         device = torch.device(device)
         self.policy = policy
@@ -106,6 +111,15 @@ class RaggedKV:
         )
         self.lse_window = torch.zeros(batch_size, num_heads, rows, dtype=real, device=device)
         self.ledger.add(*self.held)
+        self.evicts = True
+        if isinstance(policy.budget.size, str):
+            # As it is now, each head has room for the tokens of a period.
+            row = self.store.kv_bytes // capacity + 4 + real.itemsize * policy.num_state
+            budget = policy.budget.in_tokens(
+                fixed=num_layers * -(-sum(self.held) // batch_size),
+                per_token=num_layers * num_kv_heads * row,
+            )
+            self.policy = policy.with_budget(budget)
 
     # Sizes ---------------------------------------------------------------------------------------
 
@@ -215,7 +229,8 @@ class RaggedKV:
             due=due.rows,
         )
         scores, state = self.policy.update(context)
-        keep, num_kept = self.policy.select(scores, context)
+        decides = self.policy if self.evicts else _KEEPS_ALL
+        keep, num_kept = decides.select(scores, context)
         counts = check_num_kept(num_kept, context)  # the one wait of an update
         kept = tuple(
             n if due.rows[s // self.num_kv_heads] else old.kept[s] for s, n in enumerate(counts)
