@@ -27,7 +27,9 @@ def test_docstring_examples():
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("values", [{}, CHANGED, {"selection": "original"}, {"size": 0.5}])
+@pytest.mark.parametrize(
+    "values", [{}, CHANGED, {"selection": "original"}, {"size": 0.5}, {"size": "2 GiB"}]
+)
 def test_round_trips(values):
     changed = Budget(**values)
     assert Budget.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
@@ -46,6 +48,8 @@ BAD = [
     ({"size": True}, SIZE + "True"),
     ({"size": 0.0}, SIZE + "0.0"),
     ({"size": 256.0}, SIZE + "256.0"),
+    ({"size": "2 Gibi"}, SIZE + "'2 Gibi'"),
+    ({"size": "0 GiB"}, SIZE + "'0 GiB'"),
     ({"size": math.nan}, SIZE + "nan"),
     ({"scope": "all"}, "scope must be 'per_head' or 'per_layer' or 'global', got 'all'"),
     ({"selection": "topk"}, "selection must be 'ragged' or 'original', got 'topk'"),
@@ -226,6 +230,56 @@ def test_global_budget_is_exact(model):
     # 20 of 160 is a fraction of 1/8: half of the first columns, 0.05 and 0.2.
     assert counts == [2 * 8, 2 * 32]
     assert sum(counts) == 2 * 2 * 20
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("scope", ["per_head", "per_layer", "global"])
+def test_a_budget_in_bytes_is_met(model, scope, rows):
+    """By all that is allocated after an update; another token in every head would be too much."""
+    policy = H2O(Budget("40 kB", scope=scope), n_up=16).with_calibration(small_calibration())
+    cache = NAMMCache(model, policy)
+    model(tokens(rows, 160), past_key_values=cache)
+    report = cache.report()
+    assert report.tokens_kept < report.tokens_seen / 2
+    per_token = 2 * 2 * (2 * 8 * 4 + 4 + 4)  # layers, heads; k, v, pos, state
+    used = (report.kv_bytes + report.memory_bytes) / rows
+    # Where layers differ each may be a token short.
+    assert 40_000 - (2 if scope == "per_head" else 3) * per_token < used <= 40_000
+    model(tokens(rows, 160), past_key_values=cache)
+    report = cache.report()
+    assert report.kv_bytes + report.memory_bytes <= rows * 40_000
+
+
+def test_a_budget_in_bytes_goes_on_from_a_file(model, tmp_path):
+    policy = H2O(Budget("40 kB"), n_up=16)
+    cache = NAMMCache(model, policy)
+    model(tokens(1, 100), past_key_values=cache)
+    cache.save(tmp_path / "memory")
+    again = NAMMCache.load(tmp_path / "memory", model, policy)
+    for one in (cache, again):
+        model(tokens(1, 60), past_key_values=one)
+    assert again.report().tokens_kept == cache.report().tokens_kept
+
+
+def test_bytes_that_hold_nothing_are_refused(model):
+    with pytest.raises(
+        ValueError, match=r"size must be at least \d+ bytes for this model, got '2 k"
+    ):
+        model(tokens(1, 20), past_key_values=NAMMCache(model, KNorm(Budget("2 kB"), n_up=16)))
+    with pytest.raises(ValueError, match="size in bytes needs a NAMMCache, got '2 GiB' without"):
+        KNorm(Budget("2 GiB")).room(0, 100)
+
+
+def test_forgetting_can_be_turned_off(model):
+    policy = KNorm(Budget(8), n_up=16)
+    cache = NAMMCache(model, policy)
+    model(tokens(1, 48), past_key_values=cache)
+    cache.evicts = False
+    model(tokens(1, 48), past_key_values=cache)
+    assert {n for layer in cache.layers for n in layer.kv.store.kept} == {8 + 48}
+    cache.evicts = True
+    model(tokens(1, 16), past_key_values=cache)
+    assert {n for layer in cache.layers for n in layer.kv.store.kept} == {8}
 
 
 # Every policy and every budget --------------------------------------------------------------------
