@@ -15,6 +15,7 @@ from .values import Segments, Window
 
 if TYPE_CHECKING:
     from . import baselines
+    from .asking import ask
     from .budget import Budget
     from .cache import NAMMCache
     from .config import NAMMConfig
@@ -33,10 +34,11 @@ _LAZY = {
     "Policy": "policy",
     "UpdateContext": "policy",
     "apply": "patching",
+    "ask": "asking",
     "patch": "patching",
     "remove": "patching",
 }
-_LAZY_MODULES = ("analysis", "baselines", "evolution", "integrations", "tasks", "testing", "zoo")
+_LAZY_MODULES = ("baselines", "evolution", "tasks", "testing", "zoo")
 
 __all__ = [
     "NAMM",
@@ -50,6 +52,7 @@ __all__ = [
     "Window",
     "__version__",
     "apply",
+    "ask",
     "baselines",
     "ops",
     "patch",

@@ -193,7 +193,7 @@ class Report:
         def add(x: Any, layer: str, heads: str, updates: str) -> None:
             sizes = (x.kv_bytes, x.memory_bytes, x.peak_bytes, x.full_bytes)
             counts = (str(x.tokens_seen), str(x.tokens_kept))
-            rows.append([layer, *counts, heads, updates, *map(_size, sizes)])
+            rows.append([layer, *counts, heads, updates, *map(size_of, sizes)])
 
         for x in self.layers:
             heads = [n for row in x.kept for n in row]
@@ -213,7 +213,8 @@ class Report:
         return "\n".join(lines)
 
 
-def _size(num_bytes: int) -> str:
+def size_of(num_bytes: int) -> str:
+    """Bytes as people read them."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -13,7 +13,17 @@ from rich.console import Console
 
 from ..policy import NAMM
 from ..tasks import IN_USE, RecordMix
-from .shared import DType, Json, Model, Threads, load_model, load_policy, make_console, set_threads
+from .shared import (
+    Device,
+    DType,
+    Json,
+    Model,
+    Threads,
+    load_model,
+    load_policy,
+    make_console,
+    set_threads,
+)
 
 if TYPE_CHECKING:
     from ..measure import Method, Workload
@@ -112,11 +122,12 @@ def compare(
     ] = False,
     json_file: Json = None,
     dtype: DType = "float32",
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Compare memories and baselines on tasks and text. With --json, a stopped run goes on."""
     set_threads(threads)
-    loaded, tokenizer, model_name = load_model(model, dtype)
+    loaded, tokenizer, model_name = load_model(model, dtype, device)
     from .. import measure
     from ..measure import tables
     from ..measure.progress import progress

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .shared import (
+    Device,
     DType,
     Keep,
     Model,
@@ -131,6 +132,7 @@ def evolve(
             help="The search starts from a fit, by gradient, to the attention that tokens will get."
         ),
     ] = True,
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Evolve a memory for a model. Ctrl-C stops the run, and the same command resumes it."""
@@ -143,7 +145,7 @@ def evolve(
     _check_start(policy, division, text, jsonl, fresh)
     console = make_console()
     with _stop_on_ctrl_c(console) as stop:
-        loaded, tokenizer, model_name = load_model(model, dtype)
+        loaded, tokenizer, model_name = load_model(model, dtype, device)
         chats = bool(tokenizer.chat_template)
         if division and not chats:
             raise ValueError(f"--division needs a model that chats, {model_name} does not")

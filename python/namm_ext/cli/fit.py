@@ -13,7 +13,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .shared import DType, Policy, Threads, load_model, load_policy, make_console, set_threads
+from .shared import (
+    Device,
+    DType,
+    Policy,
+    Threads,
+    load_model,
+    load_policy,
+    make_console,
+    set_threads,
+)
 
 if TYPE_CHECKING:
     from ..fitting import Text
@@ -66,6 +75,7 @@ def fit(
     ] = None,
     seed: Seed = 0,
     dtype: DType = "float32",
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Fit gate, scorer and head offsets to a model. Ctrl-C stops it, the same command goes on."""
@@ -77,7 +87,7 @@ def fit(
         raise ValueError("--question-weight needs no --text")
     weight = QUESTION_WEIGHT if question_weight is None else question_weight
     console = make_console()
-    loaded, tokenizer, name = load_model(model, dtype)
+    loaded, tokenizer, name = load_model(model, dtype, device)
     texts = _texts(tokenizer, text, length, count, seed, weight)
     config = FitConfig()
     config = replace(
@@ -126,6 +136,7 @@ def calibrate(
     count: Annotated[int, typer.Option(help="So many texts are read.", min=1)] = 4,
     seed: Seed = 0,
     dtype: DType = "float32",
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Calibrate a memory for a model: statistics, and the offsets of its heads. A minute."""
@@ -133,7 +144,7 @@ def calibrate(
     from ..fitting import QUESTION_WEIGHT, calibrate, calibrate_statistics
 
     console = make_console()
-    loaded, tokenizer, _ = load_model(model, dtype)
+    loaded, tokenizer, _ = load_model(model, dtype, device)
     memory, name = load_policy(policy)
     texts = _texts(tokenizer, text, length, count, seed, QUESTION_WEIGHT)
     if memory.budget.size is None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The language model is one of the zoo, a folder of transformers or a GGUF file.",
+        help="The language model is one of the zoo, a folder of transformers, a GGUF file or an id "
+        "of the hub.",
         show_default="the bundled one",
     ),
 ]
@@ -29,6 +30,10 @@ Policy = Annotated[
 ]
 DType = Annotated[
     str, typer.Option(help="The language model computes in float32, bfloat16 or float16.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="The language model is on this device, such as cuda.", show_default="cpu"),
 ]
 Threads = Annotated[
     int | None,
@@ -57,7 +62,9 @@ def need(*modules: str) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def load_model(name: str | None, dtype: str = "float32") -> tuple[Any, Any, str]:
+def load_model(
+    name: str | None, dtype: str = "float32", device: str | None = None
+) -> tuple[Any, Any, str]:
     """Model, tokenizer and name; a folder wins over a name of the zoo."""
     need("transformers", "tokenizers", "safetensors")
     import transformers
@@ -72,14 +79,19 @@ def load_model(name: str | None, dtype: str = "float32") -> tuple[Any, Any, str]
         chosen = str(Path(chosen).absolute())
     elif not chosen.endswith(".gguf"):
         known = [*zoo.bundled_models(), *zoo.PACKAGED_MODELS]
-        if chosen not in known:
+        if chosen not in known and not zoo.is_hub_id(chosen):
             raise ValueError(
-                f"--model must be a folder, a GGUF file or one of {', '.join(known)}, "
-                f"got {chosen!r}"
+                f"--model must be a folder, a GGUF file, OWNER/NAME of the hub or one of "
+                f"{', '.join(known)}, got {chosen!r}"
             )
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     model = zoo.load_model(chosen, dtype=getattr(torch, dtype))
+    if device is not None:
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch without it, or no such device
+            raise ValueError(f"--device: {device!r} cannot be used: {error}") from error
     return model, zoo.load_tokenizer(chosen), name or chosen
 
 
@@ -89,7 +101,14 @@ def load_policy(name: str | None, model: str = "") -> tuple[NAMM, str]:
     from ..policy import NAMM, bundled_policies
 
     if name is None:
-        name = f"bundled:{model if model in bundled_policies() else zoo.DEFAULT_MODEL}"
+        own = model in bundled_policies()
+        if not own and model:
+            typer.echo(
+                f"namm: no memory comes with {model}; bundled:{zoo.DEFAULT_MODEL}, which was "
+                f"evolved on another model, takes its place. `namm fit {model} DIR` makes one.",
+                err=True,
+            )
+        name = f"bundled:{model if own else zoo.DEFAULT_MODEL}"
     return NAMM.from_pretrained(name), name
 
 

@@ -9,6 +9,7 @@ Example:
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "PACKAGED_MODELS",
     "bundled_models",
+    "is_hub_id",
     "load_model",
     "load_tokenizer",
     "model_path",
@@ -61,26 +63,40 @@ def model_path(name: str = DEFAULT_MODEL) -> Path:
     )
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ``OWNER/NAME`` of the Hugging Face Hub, and no folder or file.
+
+    Example:
+        >>> is_hub_id("HuggingFaceTB/SmolLM2-360M-Instruct"), is_hub_id("runs/a/b")
+        (True, False)
+    """
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _source(name: str) -> Path | str:
+    return name if is_hub_id(name) else model_path(name)
+
+
 def load_model(name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
     """A language model, on the CPU and in float32, ready to generate.
 
     Args:
-        name: as in :func:`model_path`.
+        name: as in :func:`model_path`, or ``OWNER/NAME`` of the Hugging Face Hub.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        model_path(name), **{"dtype": torch.float32, **kwargs}
+        _source(name), **{"dtype": torch.float32, **kwargs}
     ).eval()
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
-    """The tokenizer of a language model; ``name`` as in :func:`model_path`."""
+    """The tokenizer of a language model; ``name`` as in :func:`load_model`."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_path(name))
+    return AutoTokenizer.from_pretrained(_source(name))
 
 
 def _models_folder() -> Path:
