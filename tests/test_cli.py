@@ -79,7 +79,7 @@ def test_info_names_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_command_has_help_in_whole_sentences() -> None:
     group = typer.main.get_command(app)
-    names = {"demo", "compare", "fit", "calibrate", "evolve", "train-lm", "info"}
+    names = {"chat", "demo", "compare", "fit", "calibrate", "evolve", "train-lm", "info"}
     assert set(group.commands) == names
     for name, command in group.commands.items():
         result = CliRunner().invoke(app, [name, "--help"])
@@ -123,7 +123,10 @@ def test_missing_module_of_no_extra_is_a_bug(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_wrong_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = ", ".join([*zoo.bundled_models(), *zoo.PACKAGED_MODELS])
-    expected = f"namm: --model must be a folder, a GGUF file or one of {names}, got 'nowhere'"
+    expected = (
+        f"namm: --model must be a folder, a GGUF file, OWNER/NAME of the hub or one of {names}, "
+        "got 'nowhere'"
+    )
     assert run(monkeypatch, "demo", "--model", "nowhere") == expected
     message = run(monkeypatch, "demo", "--model", str(tmp_path))
     assert message == f"namm: --model: {tmp_path} holds no config.json"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 
 import numpy as np
 import pytest
 from namm_ext import zoo
-from namm_ext.library import HELD_OUT_SOURCE, load_library
+from namm_ext.library import HELD_OUT_SOURCE, Library, load_library
 from namm_ext.tasks import suite
 from namm_ext.tasks.readings import Ask, Chat
 from namm_ext.tasks.suite import words
@@ -158,3 +159,52 @@ def test_windows_know_their_bytes(plain):
     with pytest.raises(ValueError, match="need 64000"):
         suite.text_windows(plain, texts, 64, 1000)
     assert np.mean([w.num_bytes for w in windows]) > 32
+
+
+# Figures of earlier runs are of these very contexts: a generator must not change in silence.
+PINNED = {
+    "single": "903f341435c5d959",
+    "multi_key": "e0ba9e39c48d29bb",
+    "multi_value": "320bcc61b624e489",
+    "multi_query": "f77f673dd8eb2a97",
+    "paraphrase": "5a8e885ce442e7b6",
+    "overwritten": "ce3c77e4e87536a8",
+    "multi_turn": "982d6fc6e72eae62",
+    "many_shot": "0b85e8dcb8784123",
+    "table": "cb67267d05351dcd",
+    "code": "2924c99337d71b9c",
+    "variable_tracking": "b5f00b5503d6dd4b",
+    "unseen_family": "d983dc9b5cc5aac7",
+}
+
+
+def pinned_library(split):
+    """Texts that no version of Python changes."""
+    sentence = "the cat sat on a mat while seven old men read books about rivers and stars"
+    words = sentence.split()
+    prose = tuple(
+        "\n\n".join(
+            " ".join(words[(i + j + k * k) % len(words)] for k in range(40)).capitalize() + "."
+            for j in range(12)
+        )
+        for i in range(6)
+    )
+    code = tuple(
+        "\n\n\n".join(
+            f"def function_{i}_{j}(value):\n    result = value + {i * j}\n    return result"
+            for j in range(20)
+        )
+        for i in range(6)
+    )
+    return Library(split, (("docstrings", prose),), code)
+
+
+@pytest.mark.parametrize("task", suite.TASKS)
+def test_generators_are_what_they_were(plain, task):
+    digest = hashlib.sha256()
+    for index in range(3):
+        reading = suite.make_reading(
+            task, plain, split="test", length=1024, index=index, library=pinned_library("test")
+        )
+        digest.update(repr((reading.context_ids, reading.questions, reading.spans)).encode())
+    assert digest.hexdigest()[:16] == PINNED[task]
