@@ -8,6 +8,7 @@ from pathlib import Path
 import namm_ext
 from namm_ext import ops
 from namm_ext.ragged import RaggedKV
+from transformers import cache_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
@@ -34,7 +35,7 @@ class Injector:
 
 
 class AroundParts(Injector):
-    """Before and after every op, update, sliding layer and MLP of a forward pass."""
+    """Before and after every op, update, stock layer and MLP of a forward pass."""
 
     def __init__(self, monkeypatch, model):
         super().__init__()
@@ -43,8 +44,13 @@ class AroundParts(Injector):
         monkeypatch.setattr(RaggedKV, "update", self.around(RaggedKV.update))
         update = DynamicSlidingWindowLayer.update
         monkeypatch.setattr(DynamicSlidingWindowLayer, "update", self.around(update))
+        linear = getattr(cache_utils, "LinearAttentionLayer", None)
+        if linear is not None:
+            update = linear.update_conv_state
+            monkeypatch.setattr(linear, "update_conv_state", self.around(update))
         for layer in model.model.layers:
-            monkeypatch.setattr(layer.mlp, "forward", self.around(layer.mlp.forward))
+            block = getattr(layer, "mlp", None) or layer.feed_forward
+            monkeypatch.setattr(block, "forward", self.around(block.forward))
 
     def around(self, function):
         def wrapped(*args, **kwargs):

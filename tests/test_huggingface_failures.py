@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
+from hybrid_models import build_hybrid
 from injection import AroundParts, AtLines, Interrupt
 from namm_ext import NAMMCache
 
@@ -17,8 +18,9 @@ class Sequence:
     """A text that comes in several calls, with what they return and leave when nothing fails."""
 
     def __init__(self, kind):
-        hybrid = kind == "hybrid"
-        self.model = build(gemma3_config() if hybrid else FAMILIES["llama"](), torch.float64)
+        config = gemma3_config() if kind == "hybrid" else FAMILIES["llama"]()
+        recurrent = kind == "recurrent"
+        self.model = build_hybrid("lfm2") if recurrent else build(config, torch.float64)
         self.policy = evicting_policy(budget=10)
         rows = 2 if kind == "padded" else 1
         self.ids = tokens(rows, ENDS[-1])
@@ -61,7 +63,7 @@ PLACES = {"parts": (AroundParts, 7), "lines": (AtLines, 61)}
 
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("places", PLACES)
-@pytest.mark.parametrize("kind", ["plain", "hybrid", "padded", "recording"])
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "recurrent", "padded", "recording"])
 def test_whatever_fails_the_next_call_is_right_or_refused(kind, places, dense, monkeypatch):
     sequence = Sequence(kind)
     make, stride = PLACES[places]
@@ -95,7 +97,7 @@ def test_whatever_fails_the_next_call_is_right_or_refused(kind, places, dense, m
             refused += 1
             if "cache.reset()" not in str(error):
                 raise
-            assert updated or kind == "hybrid" or places == "lines"
+            assert updated or kind in ("hybrid", "recurrent") or places == "lines"
             check_refused(sequence, cache, i)
             cache.reset()
             if sequence.recording:

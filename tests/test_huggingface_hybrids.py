@@ -149,6 +149,10 @@ class Stop(Exception):
     pass
 
 
+def stop(*_):
+    raise Stop
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "granite_4_h", "gpt_oss"])
@@ -158,9 +162,6 @@ def test_a_failed_call_is_undone_or_refused(name, layer, when):
     want = feed(model, NAMMCache(model, policy), ids, (0, 40, 41, 75))
     cache = NAMMCache(model, policy)
     feed(model, cache, ids, (0, 40))
-
-    def stop(*_):
-        raise Stop
 
     module = model.model.layers[layer]
     hook = module.register_forward_pre_hook if when == "before" else module.register_forward_hook
@@ -184,6 +185,94 @@ def test_a_failed_call_is_undone_or_refused(name, layer, when):
         cache.reset()
         got = feed(model, cache, ids, (0, 40, 41, 75))[:, 40:]
     torch.testing.assert_close(got, want[:, 40:], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
+def test_a_refused_call_changes_nothing(name):
+    """The layers before the first memory have read it when the mask is found to be wrong."""
+    model, ids = build_hybrid(name), tokens(2, 75)
+    cache, twin = (NAMMCache(model, StreamingLLM(8, 16)) for _ in range(2))
+    for c in (cache, twin):
+        feed(model, c, ids, (0, 40))
+    wrong = torch.ones(2, 50, dtype=torch.long)
+    wrong[0, 20] = 0
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ValueError, match="must not change for tokens"):
+            model(ids[:, 40:50], attention_mask=wrong, past_key_values=cache)
+    want = feed(model, twin, ids, (40, 50, 75))
+    torch.testing.assert_close(feed(model, cache, ids, (40, 50, 75)), want, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "granite_4_h"])
+def test_a_first_call_that_failed_is_forgotten(name):
+    model, ids = build_hybrid(name), tokens(3, 75)
+    cache = NAMMCache(model, StreamingLLM(8, 16))
+    handle = model.model.layers[2].register_forward_hook(stop)
+    with pytest.raises(Stop):
+        feed(model, cache, ids, (0, 40))
+    handle.remove()
+    want = feed(model, NAMMCache(model, StreamingLLM(8, 16)), ids[:2], (0, 40, 75))
+    torch.testing.assert_close(feed(model, cache, ids[:2], (0, 40, 75)), want, atol=0, rtol=0)
+
+
+def test_masks_that_were_made_before():
+    """Nothing says that a call begins but that a state is asked for again."""
+    model, ids = build_hybrid("lfm2"), tokens(1, 75)
+    cache, twin = (NAMMCache(model, StreamingLLM(8, 16)) for _ in range(2))
+    for c in (cache, twin):
+        feed(model, c, ids, (0, 40))
+    masks = {"full_attention": None, "conv": None, "linear_attention": None}
+    position_ids = torch.arange(40, 50)[None]
+
+    def call(c):
+        with torch.no_grad():
+            return model(
+                ids[:, 40:50], attention_mask=masks, position_ids=position_ids, past_key_values=c
+            ).logits
+
+    handle = model.model.layers[0].register_forward_hook(stop)
+    with pytest.raises(Stop):
+        call(cache)
+    handle.remove()
+    torch.testing.assert_close(call(cache), call(twin), atol=0, rtol=0)
+
+
+def test_columns_that_were_not_recorded_cannot_be_taken_back():
+    model, ids = build_hybrid("lfm2"), tokens(2, 75)
+    cache = NAMMCache(model, NeverEvict(n_up=64))
+    feed(model, cache, ids, (0, 40))
+    cache.activate_past_recording()
+    feed(model, cache, ids, (40, 45))
+    with pytest.raises(RuntimeError, match="layer 0 has dropped what it would need"):
+        cache.crop(-6)
+    cache.crop(-5)
+    want = feed(model, NAMMCache(model, NeverEvict(n_up=64)), ids, (0, 40, 75))[:, 40:]
+    torch.testing.assert_close(feed(model, cache, ids, (40, 75)), want, atol=1e-9, rtol=0)
+
+
+def test_a_recording_that_ends_within_the_convolution(tmp_path):
+    """One token is less than a convolution sees."""
+    model, ids = build_hybrid("lfm2"), tokens(2, 75)
+    policy = NeverEvict(n_up=16)
+    cache = NAMMCache(model, policy)
+    cache.activate_past_recording()
+    feed(model, cache, ids, (0, 1))
+    cache.save(tmp_path / "memory")
+    loaded = NAMMCache.load(tmp_path / "memory", model, policy)
+    cache.end_past_recording()
+    want = feed(model, NAMMCache(model, policy), ids, (0, 1, 40, 75))[:, 1:]
+    for other in (cache, loaded):
+        torch.testing.assert_close(feed(model, other, ids, (1, 40, 75)), want, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
+def test_a_state_of_inference_mode_goes_on(name):
+    model, ids = build_hybrid(name), tokens(2, 75)
+    cache, fresh = (NAMMCache(model, StreamingLLM(8, 16)) for _ in range(2))
+    with torch.inference_mode():
+        model(ids[:, :40], past_key_values=cache)
+    want = feed(model, fresh, ids, (0, 40, 41, 75))[:, 40:]
+    torch.testing.assert_close(feed(model, cache, ids, (40, 41, 75)), want, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4"])

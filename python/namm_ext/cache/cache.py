@@ -168,27 +168,29 @@ class NAMMCache(Cache):
         return result
 
     # Whatever a recurrent layer asks for, it is about to change its state.
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """What the convolution of a recurrent layer has seen last."""
-        self.session.recurrent.reads(layer_idx)
-        return super().get_conv_state(layer_idx, *args, **kwargs)
+        self.session.recurrent.reads(layer_idx, "get_conv_state", state_idx)
+        return super().get_conv_state(layer_idx, state_idx)
 
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """The state of a recurrent layer."""
-        self.session.recurrent.reads(layer_idx)
-        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+        self.session.recurrent.reads(layer_idx, "get_recurrent_state", state_idx)
+        return super().get_recurrent_state(layer_idx, state_idx)
 
-    def update_conv_state(self, conv_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update_conv_state(
+        self, conv_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Any:
         """New columns for the convolution of a recurrent layer."""
-        self.session.recurrent.reads(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        self.session.recurrent.reads(layer_idx, "update_conv_state", state_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def update_recurrent_state(
-        self, recurrent_states: Any, layer_idx: int, *args: Any, **kwargs: Any
+        self, recurrent_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Any:
         """The new state of a recurrent layer."""
-        self.session.recurrent.reads(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        self.session.recurrent.reads(layer_idx, "update_recurrent_state", state_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     @property
     def is_initialized(self) -> bool:
@@ -246,7 +248,7 @@ class NAMMCache(Cache):
             raise ValueError(f"crop: cannot remove {removed} tokens, the cache has seen {length}")
         memories = [layer for layer in self.memory_layers if layer.kv is not None]
         if removed:
-            session.recurrent.check_crop()
+            session.recurrent.check_crop(removed, target)
             for sliding in session.sliding.values():
                 if not _can_crop(sliding, removed):
                     raise RuntimeError(

@@ -1,8 +1,9 @@
 """The layers of hybrids that keep a state instead of keys and values: transformers' own, watched.
 
 Linear attention, state spaces and short convolutions change their state in place, and nothing can
-take a token out of it again. So a call that fails after one of them has read it cannot be undone;
-the cache knows of it and says so until ``reset``.
+take a token out of it again. What the layers before the first memory knew is kept until a call has
+been taken, so one that is refused changes nothing. A call that fails after other layers have read
+it cannot be undone; the cache knows of it and says so until ``reset``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import cache_utils
 
@@ -38,27 +41,56 @@ class Recurrent:
         """Forget everything, the size of the batch too."""
         self.done = 0  # calls that every memory has taken
         self._calls = dict.fromkeys(self.layers, 0)
-        self._read = set[int]()  # by which layers, in the current call
-        for layer in self.layers.values():
-            layer.__init__(number_of_states=layer.number_of_states)
+        self._read = set[tuple[int, str, int]]()  # what was asked for in the current call
+        self._before: dict[int, dict[str, Any]] = {}
+        for i in self.layers:
+            self._forget(i)
+
+    def _forget(self, layer_idx: int) -> None:
+        layer = self.layers[layer_idx]
+        layer.__init__(number_of_states=layer.number_of_states)
 
     def call_begins(self) -> None:
-        """Masks are being made, or a memory knows: what is read from here on is another call."""
+        """Masks are being made, or a state is asked for again: what is read from here on is
+        another call. Layers that read one which no memory has taken go back where they can."""
         self._read.clear()
+        for i, layer in self.layers.items():
+            if self._calls[i] != self.done + 1:
+                continue
+            if not self.done:
+                self._forget(i)
+            elif i in self._before:
+                vars(layer).update(self._before.pop(i))
+            else:
+                continue
+            self._calls[i] = self.done
 
-    def reads(self, layer_idx: int) -> None:
-        """A layer is about to change its state.
+    def reads(self, layer_idx: int, what: str, state_idx: int) -> Any:
+        """A layer, which is about to change its state.
+
+        Args:
+            layer_idx: its index.
+            what: the method of the cache that is called for it, once in a call and state.
+            state_idx: the state.
 
         Raises:
             ValueError: if it has read a call that others have not.
         """
-        if layer_idx in self._read:
-            return
+        layer = self.layers[layer_idx]
+        if (layer_idx, what, state_idx) in self._read:
+            self.call_begins()
+        known = any(layer_idx == i for i, _, _ in self._read)
+        self._read.add((layer_idx, what, state_idx))
+        if known:
+            return layer
         # The memories before it have taken the call already.
         if self._calls[layer_idx] != self.done - (layer_idx > self.last):
             refuse(layer_idx)
+        _leave_inference_mode(layer)
+        if layer_idx < self.first:
+            self._before[layer_idx] = _states(layer)
         self._calls[layer_idx] += 1
-        self._read.add(layer_idx)
+        return layer
 
     def begin(self) -> None:
         """The first memory meets a call: the layers before it have read it, no other.
@@ -69,12 +101,12 @@ class Recurrent:
         for i, calls in self._calls.items():
             if calls != self.done + (i < self.first):
                 refuse(i)
-        self._read.clear()
 
     def commit(self) -> None:
         """The last memory has taken a call."""
         self.done += 1
         self._read.clear()
+        self._before.clear()
 
     def check(self) -> None:
         """Between two calls: all have read the same ones.
@@ -86,8 +118,12 @@ class Recurrent:
             if calls != self.done:
                 refuse(i)
 
-    def check_crop(self) -> None:
+    def check_crop(self, removed: int, length: int) -> None:
         """Before tokens are taken back.
+
+        Args:
+            removed: how many columns.
+            length: columns that stay.
 
         Raises:
             RuntimeError: if a layer cannot do that.
@@ -98,17 +134,22 @@ class Recurrent:
                     f"crop: layer {i} keeps a recurrent state, from which no token can be taken "
                     "back; save or deepcopy the cache before the tokens come in"
                 )
-            if any(layer.is_conv_states_initialized.values()) and not layer.record_past:
-                raise RuntimeError(
-                    f"crop: layer {i} has dropped what it would need; call "
-                    "cache.activate_past_recording() before the tokens come in"
-                )
+            for number, state in layer.conv_states.items():
+                if state is None:
+                    continue
+                held = state.shape[-1] - removed
+                if held < min(layer.conv_kernel_size[number], length):
+                    raise RuntimeError(
+                        f"crop: layer {i} has dropped what it would need; call "
+                        "cache.activate_past_recording() before the tokens come in"
+                    )
 
     def crop(self, removed: int) -> None:
         """Forget the newest tokens, after ``check_crop``; with 0 only what was recorded."""
         for layer in self.layers.values():
-            if layer.record_past and any(layer.is_conv_states_initialized.values()):
-                layer.crop(-removed)
+            for number, state in layer.conv_states.items():
+                if state is not None:
+                    layer.conv_states[number] = _last(layer, number, removed)
 
     def record(self, recording: bool) -> None:
         """Begin or end to keep what ``crop`` needs."""
@@ -142,7 +183,7 @@ class Recurrent:
         tensors = {}
         for i, name, number, tensor in self._tensors():
             if name == "conv_states":
-                tensor = tensor[..., -self.layers[i].conv_kernel_size[number] :]
+                tensor = _last(self.layers[i], number)
             tensors[f"{i}.{name}.{number}"] = tensor
         return tensors
 
@@ -169,6 +210,32 @@ class Recurrent:
             raise ValueError(f"the states of layer {layer_idx} must have the same batch")
         self._calls[layer_idx] = self.done = 1
         return sizes.pop()
+
+
+def _last(layer: Any, number: int, removed: int = 0) -> Tensor:
+    """The columns that a convolution goes on from, without the newest ``removed``."""
+    state, width = layer.conv_states[number], layer.conv_kernel_size[number]
+    stop = state.shape[-1] - removed
+    start = max(stop - width, 0)
+    # Before the text there are zeros, which are not recorded.
+    return F.pad(state[..., start:stop], (width - (stop - start), 0))
+
+
+def _states(layer: Any) -> dict[str, Any]:
+    """A copy of everything that a layer knows of its text."""
+    return {
+        name: {n: t.clone() if isinstance(t, Tensor) else t for n, t in value.items()}
+        for name, value in vars(layer).items()
+        if isinstance(value, dict)
+    }
+
+
+def _leave_inference_mode(layer: Any) -> None:
+    """What was made in inference mode could not be written to outside."""
+    for states in (layer.conv_states, layer.recurrent_states):
+        for number, state in states.items():
+            if state is not None and state.is_inference() and not torch.is_inference_mode_enabled():
+                states[number] = state.clone()
 
 
 def refuse(layer_idx: int, cause: Exception | None = None) -> NoReturn:
