@@ -75,6 +75,8 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 
 def build_hybrid(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A random model; the test is skipped where this transformers has none of the kind."""
+    if not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+        pytest.skip(f"transformers {transformers.__version__} has no layers for hybrids")
     try:
         config = HYBRIDS[name]()
     except AttributeError as error:

@@ -168,6 +168,13 @@ class NAMMCache(Cache):
         return result
 
     # Whatever a recurrent layer asks for, it is about to change its state.
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a recurrent layer has read anything, by default the last one."""
+        if layer_idx in self.session.recurrent.layers:
+            self.session.recurrent.asks(layer_idx)
+        result: bool = super().has_previous_state(layer_idx, *args, **kwargs)
+        return result
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """What the convolution of a recurrent layer has seen last."""
         self.session.recurrent.reads(layer_idx, "get_conv_state", state_idx)
@@ -202,6 +209,9 @@ class NAMMCache(Cache):
         """Forget everything; the next call starts a new sequence, of any batch size."""
         self.session.end_recording()
         super().reset()
+        for layer in self.sliding_layers:  # versions before 5.24 leave zeros of the old length
+            layer.keys = layer.values = None
+            layer.is_initialized, layer.cumulative_length = False, 0
         self.session.clear()
 
     # Undo ----------------------------------------------------------------------------------------

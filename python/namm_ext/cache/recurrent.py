@@ -92,6 +92,11 @@ class Recurrent:
         self._calls[layer_idx] += 1
         return layer
 
+    def asks(self, layer_idx: int) -> None:
+        """A layer asks whether it has a state; before 5.24 some then change it without the cache."""
+        if not any(layer_idx == i for i, _, _ in self._read):
+            self.reads(layer_idx, "has_previous_state", 0)
+
     def begin(self) -> None:
         """The first memory meets a call: the layers before it have read it, no other.
 
