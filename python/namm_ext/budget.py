@@ -12,8 +12,8 @@ from typing import Any
 SCOPES = ("per_head", "per_layer", "global")
 SELECTIONS = ("ragged", "original")
 _MOST_TOKENS = (1 << 31) - 1
-_UNITS = {"": 1, **{p: 1000**i for i, p in enumerate("kMGT", 1)}}
-_UNITS |= {f"{p.upper()}i": 1024**i for i, p in enumerate("kMGT", 1)}
+_UNITS = {"": 1, **{p: 1000**i for i, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}i": 1024**i for i, p in enumerate("kmgt", 1)}
 
 
 def is_int(value: object) -> bool:
@@ -64,7 +64,7 @@ def parse_bytes(text: str) -> int:
         >>> parse_bytes("1.5 KiB"), parse_bytes("2MB")
         (1536, 2000000)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kMGT]|[KMGT]i)B\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b\s*", text.lower())
     if found is None:
         raise ValueError(f"parse_bytes: text must be like '2 GiB' or '500 MB', got {text!r}")
     return int(float(found[1]) * _UNITS[found[2]])
@@ -119,6 +119,14 @@ class Budget:
         ValueError: Budget: size must be an int of at least 1 (tokens per head), a float in (0, 1] \
 (the share to keep, 1 - compression ratio), bytes such as '2 GiB', or None, got 1.5
     """
+
+    def __new__(cls, *args: Any, **fields: Any) -> Budget:
+        if "compression_ratio" in fields:
+            raise TypeError(
+                "Budget: compression_ratio is the share that goes, size the one that stays: "
+                f"Budget(0.25) for a ratio of 0.75, got {fields['compression_ratio']!r}"
+            )
+        return super().__new__(cls)
 
     size: int | float | str | None = None
     scope: str = "per_head"

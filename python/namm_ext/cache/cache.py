@@ -25,7 +25,8 @@ from .switching import keep
 
 
 class NAMMCache(Cache):
-    """KV cache whose content a policy decides; pass it as ``past_key_values``.
+    """KV cache whose content a policy decides; pass it as ``cache``, which transformers before 5.24
+    calls ``past_key_values``.
 
     Per layer and KV head it holds what the policy kept plus the tokens since the last update, in
     exactly sized tensors. It works with everything ``generate`` does on a dynamic cache: sampling,

@@ -67,7 +67,9 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         kind = kinds[i] if i < len(kinds) else None
         known = type(layer) is not DynamicLayer or kind in (None, *_FULL)
         served = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, _Dummy)
-        if not known or not (served or is_recurrent(layer)):
+        # Before 5.24 what has no attention had a state that nobody wrote.
+        recurrent = is_recurrent(layer) and kind not in ("moe", "mlp")
+        if not known or not (served or recurrent):
             raise ValueError(
                 "NAMMCache: layers must have full, sliding or linear attention or a recurrent "
                 f"state, layer {i} of {name!r} has {kind or type(layer).__name__!r}"

@@ -93,7 +93,7 @@ class Recurrent:
         return layer
 
     def asks(self, layer_idx: int) -> None:
-        """A layer asks whether it has a state; before 5.24 some then change it without the cache."""
+        """A layer asks whether it has a state; some then change it directly (before 5.24)."""
         if not any(layer_idx == i for i, _, _ in self._read):
             self.reads(layer_idx, "has_previous_state", 0)
 

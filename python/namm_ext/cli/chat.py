@@ -138,8 +138,9 @@ class Conversation:
 
         report = self.cache.report()
         return (
-            f"{self.cache.get_seq_length():,} tokens read, {report.live_fraction:.0%} held, "
-            f"{size_of(report.total_bytes)} instead of {size_of(report.full_bytes)}"
+            f"{self.cache.get_seq_length():,} tokens read, {report.live_fraction:.0%} held: "
+            f"{size_of(report.kv_bytes_live + report.memory_bytes)} instead of "
+            f"{size_of(report.full_bytes)}"
         )
 
 

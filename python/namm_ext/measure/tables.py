@@ -229,7 +229,7 @@ def legend(n_up: int, mix: RecordMix | None, question_visible: bool = False) -> 
     text.append(
         "±: half of a 95 % bootstrap interval over contexts; of full: paired by context. "
         f"kept: tokens after the last update / tokens seen (one update every {n_up} tokens). "
-        "k+v: live bytes of keys and values, free room included; own: the memory's own state; "
+        "k+v: bytes of keys and values, free room included; own: the memory's own state; "
         "all: both; in % of the full cache, at the end of the prompt. Times: one prompt at a "
         "time, the fastest of interleaved rounds; decode has the updates in it. (2x): reads a "
         "context twice and forgets once, at its end."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,7 +185,7 @@ class RecordWorkload:
             length: tokens per context and per window.
             names: task families.
             examples_per_task: contexts of each.
-            mix: records hidden in a context.
+            mix: records hidden in a context; fewer of them are asked for where they do not fit.
             num_windows: windows of source code; with 0 no text is read.
 
         Raises:
@@ -194,15 +194,17 @@ class RecordWorkload:
         _check_split(split)
         seeds = {"test": tasks.TEST_SEED, "validation": tasks.VALIDATION_SEED}
         documents = load_documents(split)
-        examples = tasks.make_mixed_batch(
-            (mix,),
-            names,
-            tokenizer,
-            documents,
-            length=length,
-            seed=seeds[split],
-            batch_size=examples_per_task * len(names),
-        )
+        while True:
+            try:
+                examples = tasks.make_mixed_batch(
+                    (mix,), names, tokenizer, documents, length=length, seed=seeds[split],
+                    batch_size=examples_per_task * len(names),
+                )  # fmt: skip
+                break
+            except ValueError as error:
+                if mix.num_records == 1 or "length must be at least" not in str(error):
+                    raise
+                mix = replace(mix, num_records=mix.num_records - 1)
         by_family = {name: [e for e in examples if e.family == name] for name in names}
         if not num_windows:
             return cls(length, by_family, {})
