@@ -81,9 +81,9 @@ def test_planner_cuts_at_updates():
 
 
 def test_planner_lets_rows_update_apart():
-    pieces = Planner(16)((15, 0), 20, ((0, 20), (3, 17)), CPU)
+    pieces = Planner(16)((15, 0), 20, (((0, 20),), ((3, 17),)), CPU)
     assert [(p.first.tolist(), p.num_new.tolist()) for p in pieces] == [
-        ([0, 3], [1, 16]), ([1, 19], [16, 1]), ([17, 20], [3, 0]),
+        ([0, 3], [1, 16]), ([1, 19], [16, 1]), ([17, 0], [3, 0]),
     ]  # fmt: skip
     assert [p.due and p.due.rows for p in pieces] == [(True, True), (True, False), None]
     assert pieces[1].due.pos_q.tolist() == [0, 0]  # row 1 stands 1 token behind its update
@@ -92,6 +92,16 @@ def test_planner_lets_rows_update_apart():
     rows, cols, slots = pieces[0].scatter
     assert (rows.tolist(), cols.tolist()) == ([0] + [1] * 16, [0, *range(3, 19)])
     assert slots.tolist() == [CARRY + 15, *range(CARRY, CARRY + 16)]
+
+
+def test_planner_cuts_at_holes():
+    pieces = Planner(16)((15, 0), 20, (((0, 2), (6, 9)), ((4, 3),)), CPU)
+    assert [(p.first.tolist(), p.num_new.tolist()) for p in pieces] == [
+        ([0, 4], [1, 3]), ([1, 0], [1, 0]), ([6, 0], [9, 0]),
+    ]  # fmt: skip
+    assert [p.due and p.due.rows for p in pieces] == [(True, False), None, None]
+    assert pieces[-1].seen == (26, 3)
+    assert Planner(16)((15, 0), 0, None, CPU) == ()
 
 
 def test_planner_answers_all_layers_alike():
@@ -189,8 +199,8 @@ def test_rows_do_not_see_each_other(name, dtype):
     q, k, v = inputs(70, dtype=dtype)
     kv, planner, out = make(POLICIES[name](), dtype=dtype), Planner(N_UP), []
     for a, b in ((0, 40), (40, 41), (41, 70)):
-        spans = tuple((min(max(p - a, 0), b - a), b - max(a, min(p, b))) for p in pads)
-        pieces = planner(kv.seen, b - a, spans if a == 0 else None, CPU)
+        runs = tuple(((p, b - p),) for p in pads) if a == 0 else None
+        pieces = planner(kv.seen, b - a, runs, CPU)
         out.append(kv.forward(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], pieces))
     got = torch.cat(out, 1)
     for row, pad in enumerate(pads):
@@ -230,9 +240,9 @@ def test_padding_in_front_of_all_rows_at_different_phases(name):
     """The same columns for every row, which stand at different places of their periods."""
     q, k, v = inputs(40)
     kv, planner = make(POLICIES[name]()), Planner(N_UP)
-    spans = tuple((pad, 30 - pad) for pad in (0, 5, 9))
-    kv.forward(q[:, :, :30], k[:, :, :30], v[:, :, :30], planner(kv.seen, 30, spans, CPU))
-    pieces = planner(kv.seen, 10, ((8, 2),) * 3, CPU)
+    runs = tuple(((pad, 30 - pad),) for pad in (0, 5, 9))
+    kv.forward(q[:, :, :30], k[:, :, :30], v[:, :, :30], planner(kv.seen, 30, runs, CPU))
+    pieces = planner(kv.seen, 10, (((8, 2),),) * 3, CPU)
     assert pieces[0].columns == slice(8, 10)
     assert pieces[0].scatter is not None
     out = kv.forward(q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], pieces)
@@ -400,9 +410,9 @@ def test_rows_can_go_back_128_tokens_each():
     kv, fresh = make(policy()), make(policy())
     kv.recording = True
     for target, length in ((kv, 300), (fresh, 172)):
-        spans = tuple((pad, length - pad) for pad in pads)
+        runs = tuple(((pad, length - pad),) for pad in pads)
         part = [x[:, :, :length] for x in (q, k, v)]
-        target.forward(*part, planner(target.seen, length, spans, CPU))
+        target.forward(*part, planner(target.seen, length, runs, CPU))
     kv.crop([128] * B)
     same(kv, fresh)
 
@@ -415,7 +425,7 @@ def test_a_crop_keeps_the_pending_updates_of_other_rows():
     kv.crop([3, 0, 0])
     assert kv.overdue_rows == (False, True, True)
     assert kv.overdue.pos_q.tolist() == [29 - CARRY - 13, 0, 0]
-    pieces = Planner(N_UP)(kv.seen, 3, ((0, 3), (0, 0), (0, 0)), CPU)
+    pieces = Planner(N_UP)(kv.seen, 3, (((0, 3),), (), ()), CPU)
     kv.forward(*(x[:, :, 29:] for x in (q, k, v)), pieces)
     run(fresh, q, k, v)
     same(kv, fresh)

@@ -296,6 +296,7 @@ class NAMMCache(Cache):
             if layer.pending:
                 refuse(layer.layer_idx)
             layer.settle()
+        session.ends = None
 
     # Rows of the batch ---------------------------------------------------------------------------
 

@@ -64,6 +64,10 @@ def save(session: Session, layers: Sequence[Any], path: str | Path) -> None:
     tensors |= session.recurrent.to_tensors()
     if session.past_mask is not None:
         tensors["past_mask"] = session.past_mask
+        (seen,) = {x.kv.seen for x in layers if isinstance(x, NAMMLayer) and x.kv is not None}
+        behind_ends = torch.tensor(seen) - session.past_mask.sum(dim=1).cpu()
+        if bool(behind_ends.any()):
+            tensors["behind_ends"] = behind_ends
     if session.param_index is not None:
         tensors["param_index"] = session.param_index
     # Equal tensors that share memory would be refused, and slices would carry their storage.
@@ -164,7 +168,7 @@ def fill(
 def _fill(
     session: Session, layers: Sequence[Any], device: torch.device, tensors: Mapping[str, Tensor]
 ) -> None:
-    left = {name for name in tensors if name not in ("past_mask", "param_index")}
+    left = set(tensors) - {"past_mask", "behind_ends", "param_index"}
     lengths: set[int] = set()
     batches: set[int] = set()
     for i, layer in enumerate(layers):
@@ -201,7 +205,7 @@ def _fill(
         raise ValueError(f"all layers must have seen the same columns, got {sorted(lengths)}")
     (length,) = lengths
     past_mask = tensors.get("past_mask")
-    rows = _check_rows(session, layers, length, past_mask)
+    rows = _check_rows(session, layers, length, past_mask, tensors.get("behind_ends"))
     if session.recurrent.layers:
         if length:
             session.recurrent.check()
@@ -229,14 +233,22 @@ def _fill_sliding(
 
 
 def _check_rows(
-    session: Session, layers: Sequence[Any], length: int, past_mask: Tensor | None
+    session: Session,
+    layers: Sequence[Any],
+    length: int,
+    past_mask: Tensor | None,
+    behind_ends: Tensor | None,
 ) -> int:
     """Every layer against the mask and the batch, whose rows are counted."""
     seen: list[int] | None = None
     if past_mask is not None:
         if past_mask.dtype != torch.bool or past_mask.dim() != 2 or past_mask.shape[1] != length:
             raise ValueError(f"past_mask must be [batch, {length}] bool")
-        seen = past_mask.sum(dim=1).tolist()
+        # Tokens that became padding behind an update have been seen.
+        gone = past_mask.new_zeros(past_mask.shape[0]) if behind_ends is None else behind_ends
+        if gone.shape != past_mask.shape[:1] or bool((gone < 0).any()):
+            raise ValueError("behind_ends must have one number for every row")
+        seen = (past_mask.sum(dim=1) + gone).tolist()
     for layer in layers:
         if isinstance(layer, NAMMLayer) and layer.kv is not None:
             if list(layer.kv.seen) != (seen or [length] * layer.kv.batch_size):

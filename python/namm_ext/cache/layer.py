@@ -113,14 +113,15 @@ class NAMMLayer(CacheLayerMixin):
         )
 
     def settle(self) -> None:
-        """Go back to what all layers have seen, if a call failed after this one.
+        """Go back to what all layers have seen, if a call failed after this one, and to where
+        the rows' texts ended.
 
         Raises:
             ValueError: if an update came in between that was not recorded.
         """
         if self.padded == self.session.length:
-            return
-        if self.session.length == 0:
+            pass
+        elif self.session.length == 0:
             self.reset()
         elif self.kv is None or self.padded < self.session.length:
             refuse(self.layer_idx)
@@ -130,6 +131,9 @@ class NAMMLayer(CacheLayerMixin):
             except RuntimeError as error:
                 refuse(self.layer_idx, error)
             self.padded = self.session.length
+        ends = self.session.ends
+        if self.kv is not None and ends is not None and self.kv.seen != ends:
+            self.kv.end_rows(ends)
 
     # The attention function's side ---------------------------------------------------------------
 
@@ -173,7 +177,10 @@ class NAMMLayer(CacheLayerMixin):
                     f"NAMMCache: batch must have {self.kv.batch_size} rows as before, got "
                     f"{q.shape[0]}"
                 )
-            session.begin(mask, q.shape[0], width)
+            session.settle_length()
+            self.settle()
+            seen = (0,) * q.shape[0] if self.kv is None else self.kv.seen
+            session.begin(mask, seen, width)
         elif session.target != session.length + width:
             refuse(self.layer_idx)
         self.settle()
@@ -184,7 +191,7 @@ class NAMMLayer(CacheLayerMixin):
         kv.recording, kv.evicts = session.recording, session.evicts
         if not kv.recording:
             kv.forget_past()
-        pieces = session.planner(kv.seen, width, session.spans, q.device)
+        pieces = session.planner(kv.seen, width, session.runs, q.device)
         kv.mark()
         self.padded = session.target
         out = kv.forward(q, k, v, pieces, sink_logits)

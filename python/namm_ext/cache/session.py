@@ -6,15 +6,14 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..policy import Policy
-from ..ragged import ROLLBACK_TOKENS, Ledger, Planner
+from ..ragged import ROLLBACK_TOKENS, Ledger, Planner, Runs
 from .recurrent import Recurrent, refuse
-
-Spans = tuple[tuple[int, int], ...]
 
 
 class Session:
@@ -29,7 +28,9 @@ class Session:
         length: columns that all layers have seen.
         target: columns after the current call.
         past_mask: ``[B, length]`` bool, None if there was no padding yet.
-        spans: real columns of each row in the current call, None if all are.
+        runs: real columns of each row in the current call, None if all are.
+        ends: ``[B]`` tokens of each row up to the end of its text, where a mask has turned the
+            last ones into padding and not every memory has gone back behind it yet.
         recording: whether updates can be undone.
         hears_use_cache: whether attention is told the model's ``use_cache``.
         evicts: whether the policy decides; otherwise all tokens stay.
@@ -62,7 +63,8 @@ class Session:
         self.recurrent.clear()
         self.length = self.target = 0
         self.past_mask: Tensor | None = None
-        self.spans: Spans | None = None
+        self.runs: Runs | None = None
+        self.ends: tuple[int, ...] | None = None
         self.recording = False
         self._mask: Tensor | None = None  # past_mask after the current call
         self._calls = 0  # since the last crop, while recording
@@ -75,11 +77,16 @@ class Session:
 
     # A call --------------------------------------------------------------------------------------
 
-    def begin(self, mask: Tensor | None, batch_size: int, width: int) -> None:
-        """The first layer with a memory meets a call: check it, before any memory takes tokens."""
-        self.settle_length()
+    def begin(self, mask: Tensor | None, seen: tuple[int, ...], width: int) -> None:
+        """The first layer with a memory meets a call: check it, before any memory takes tokens.
+
+        Args:
+            mask: ``[B, length + width]``, or None.
+            seen: real tokens of each row so far.
+            width: columns of the call.
+        """
         self.recurrent.begin()
-        self._read_mask(mask, batch_size, width)
+        self._read_mask(mask, seen, width)
         self.target = self.length + width
         if self.recording:
             self._calls += 1
@@ -88,7 +95,7 @@ class Session:
 
     def commit(self) -> None:
         """The last layer with a memory has taken the tokens."""
-        self.length, self.past_mask = self.target, self._mask
+        self.length, self.past_mask, self.ends = self.target, self._mask, None
         self.recurrent.commit()
 
     def started(self) -> None:
@@ -163,13 +170,14 @@ class Session:
 
     # Masks ---------------------------------------------------------------------------------------
 
-    def _read_mask(self, mask: Tensor | None, batch_size: int, width: int) -> None:
+    def _read_mask(self, mask: Tensor | None, seen: tuple[int, ...], width: int) -> None:
         """Take the real columns of each row from the mask of a call, once for all layers.
 
         Raises:
-            ValueError: if the mask has another shape, changed for cached tokens, or has holes.
+            ValueError: if the mask has another shape, or changed for cached tokens in another way
+                than that the last ones of a row became padding.
         """
-        self.spans = self._mask = None
+        self.runs = self._mask = None
         if mask is None:
             if self.past_mask is not None:
                 raise ValueError(
@@ -177,35 +185,41 @@ class Session:
                     "were padded, now there is no mask"
                 )
             return
-        if mask.shape != (batch_size, self.length + width):
+        if mask.shape != (len(seen), self.length + width):
             raise ValueError(
                 f"namm: attention_mask must be [batch, tokens seen + new tokens] = "
-                f"[{batch_size}, {self.length + width}], got {list(mask.shape)}"
+                f"[{len(seen)}, {self.length + width}], got {list(mask.shape)}"
             )
         mask = mask.bool()
-        past = self.past_mask
-        if bool(mask.all()):
-            changed = past is not None
-        else:
-            old = mask[:, : self.length]
-            changed = not (bool(old.all()) if past is None else torch.equal(old, past))
-        if changed:
-            raise ValueError("namm: attention_mask must not change for tokens already in the cache")
-        new = mask[:, self.length :]
-        if not bool(new.all()):
-            counts = new.sum(dim=1)
-            first = new.int().argmax(dim=1)
-            last = width - 1 - new.flip(1).int().argmax(dim=1)
-            rows = torch.stack([first, counts, last]).T.tolist()
-            for b, (f, n, last_column) in enumerate(rows):
-                if n and last_column - f + 1 != n:
-                    raise ValueError(
-                        f"namm: attention_mask must have its ones side by side in each call, row "
-                        f"{b} has holes"
-                    )
-            self.spans = tuple((f, n) for f, n, _ in rows)
-        if past is not None or self.spans is not None:
-            self._mask = mask.clone()  # compiled graphs use their buffers again
+        real = bool(mask.all())
+        if not real or self.past_mask is not None:
+            old, new = mask[:, : self.length], mask[:, self.length :]
+            ended = self._ended(old)
+            if not bool(new.all()):
+                self.runs = _runs(new)
+            if not real:
+                self._mask = mask.clone()  # compiled graphs use their buffers again
+            if any(ended):
+                self.ends = tuple(s - n for s, n in zip(seen, ended, strict=True))
+                self._keep_mask(mask[:, : self.length].clone())
+
+    def _ended(self, old: Tensor) -> list[int]:
+        """How many of each row's newest tokens are padding now.
+
+        Raises:
+            ValueError: if the mask of cached tokens changed in another way.
+        """
+        past = torch.ones_like(old) if self.past_mask is None else self.past_mask
+        if torch.equal(old, past):
+            return [0] * old.shape[0]
+        gone = past & ~old
+        behind = gone.int().cumsum(dim=1) > 0  # from the first one that is gone
+        if bool((old & (~past | behind)).any()):
+            raise ValueError(
+                "namm: attention_mask must not change for tokens already in the cache, except "
+                "that the last ones of a row become padding"
+            )
+        return gone.sum(dim=1).tolist()
 
     def crop_mask(self, length: int) -> None:
         if self.past_mask is not None:
@@ -218,3 +232,13 @@ class Session:
     def _keep_mask(self, mask: Tensor) -> None:
         # A batch without padding may come with a mask or without.
         self.past_mask = None if bool(mask.all()) else mask
+
+
+def _runs(mask: Tensor) -> Runs:
+    """(first, number) of the ones side by side in each row of ``mask``."""
+    edges = F.pad(mask.int(), (1, 1)).diff(dim=1)
+    starts, stops = ((edges == edge).nonzero().tolist() for edge in (1, -1))
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(mask.shape[0])]
+    for (row, start), (_, stop) in zip(starts, stops, strict=True):
+        runs[row].append((start, stop - start))
+    return tuple(map(tuple, runs))

@@ -17,7 +17,7 @@ layers of a model ask the same question, so it remembers its last answer.
 
 from .files import from_tensors, to_tensors
 from .ledger import Ledger
-from .planner import CARRY, Due, Piece, Planner
+from .planner import CARRY, Due, Piece, Planner, Runs
 from .store import ROLLBACK_TOKENS, RaggedKV
 from .undo import Store, lasting
 
@@ -29,6 +29,7 @@ __all__ = [
     "Piece",
     "Planner",
     "RaggedKV",
+    "Runs",
     "Store",
     "from_tensors",
     "lasting",

@@ -11,6 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: Of every row of the batch, the real columns of a call: (first, number) of each run of them.
+Runs = tuple[tuple[tuple[int, int], ...], ...]
 #: Queries of the previous period that the first spectrogram frame of a period needs.
 CARRY = 16
 
@@ -47,7 +49,7 @@ class Piece:
 
 
 class Planner:
-    """Cuts calls into pieces, row by row, where the rows' own token counts say so.
+    """Cuts calls into pieces, row by row, where the rows' own token counts say so and at holes.
 
     Args:
         n_up: real tokens between two updates of a row.
@@ -68,7 +70,7 @@ class Planner:
         self,
         seen: tuple[int, ...],
         num_cols: int,
-        spans: tuple[tuple[int, int], ...] | None,
+        runs: Runs | None,
         device: torch.device,
     ) -> tuple[Piece, ...]:
         """Pieces of one call.
@@ -76,12 +78,12 @@ class Planner:
         Args:
             seen: real tokens of each row before the call.
             num_cols: columns of the call, L.
-            spans: per row (first real column, number of real columns); None if all are real.
+            runs: the real columns of each row; None if all are real.
             device: where the index tensors live.
         """
-        key = (seen, num_cols, spans, device)
+        key = (seen, num_cols, runs, device)
         if key != self._key:
-            self._pieces = tuple(self._cut(seen, num_cols, spans, device))
+            self._pieces = tuple(self._cut(seen, num_cols, runs, device))
             self._key = key
         return self._pieces
 
@@ -89,13 +91,15 @@ class Planner:
         self,
         seen: tuple[int, ...],
         num_cols: int,
-        spans: tuple[tuple[int, int], ...] | None,
+        runs: Runs | None,
         device: torch.device,
     ) -> Iterator[Piece]:
         n_up = self.n_up
-        first = [f for f, _ in spans] if spans else [0] * len(seen)
-        left = [n for _, n in spans] if spans else [num_cols] * len(seen)
-        while any(left):
+        whole = ((0, num_cols),) if num_cols else ()
+        waiting = [list(row) for row in runs or (whole,) * len(seen)]
+        while any(waiting):
+            now = [row[0] if row else (0, 0) for row in waiting]
+            first, left = [f for f, _ in now], [n for _, n in now]
             num_new = [min(n_up - s % n_up, n) for s, n in zip(seen, left, strict=True)]
             slots = [CARRY + s % n_up for s in seen]
             after = tuple(s + n for s, n in zip(seen, num_new, strict=True))
@@ -117,8 +121,9 @@ class Planner:
                     device,
                 ),
             )
-            first = [f + n for f, n in zip(first, num_new, strict=True)]
-            left = [n - m for n, m in zip(left, num_new, strict=True)]
+            for row, f, n, m in zip(waiting, first, left, num_new, strict=True):
+                if row:
+                    row[:1] = [(f + m, n - m)] if m < n else []
             seen = after
 
     def due(

@@ -14,7 +14,7 @@ from ..policy import Policy, UpdateContext, check_num_kept
 from ..values import Segments, Window
 from .ledger import Ledger
 from .planner import CARRY, Due, Piece, Planner
-from .undo import Store, Version, choose, gather, lasting
+from .undo import Store, Version, choose, gather, lasting, without_tails
 
 #: A draft of up to this many tokens can be undone while ``recording``.
 ROLLBACK_TOKENS = 128
@@ -312,19 +312,21 @@ class RaggedKV:
             RuntimeError: if an update would have to be undone that was not recorded.
         """
         target = [s - n for s, n in zip(self.seen, removed, strict=True)]
-        chosen = choose([*self._past, self._now], target, self.n_up)
-        if chosen is None or self._torn:
+        versions = [*self._past, self._now]
+        chosen = [choose(versions, row, n, self.n_up) for row, n in enumerate(target)]
+        if None in chosen or self._torn:
             raise RuntimeError(
                 f"crop: cannot undo the memory update of layer {self.layer_idx} that dropped "
                 f"tokens, asked to remove {max(removed)} tokens; call "
                 "cache.activate_past_recording() before the tokens come in"
             )
-        versions, excess = chosen
-        sources = [(version, row) for row, version in enumerate(versions)]
+        found = [pair for pair in chosen if pair is not None]
+        sources = [(version, row) for row, (version, _) in enumerate(found)]
         undone = sum(
             all(not d or t < s for d, t, s in zip(v.due, target, v.seen, strict=True))
             for v in self._past
         )
+        excess = [drop for _, drop in found]
         return Cropped(gather(sources, self.num_kv_heads, self.n_up, excess), undone)
 
     def restore(self, cropped: Cropped) -> None:
@@ -343,6 +345,29 @@ class RaggedKV:
             RuntimeError: if it got as far as an update, and that was not recorded.
         """
         self.crop([now - before for now, before in zip(self.seen, self._before, strict=True)])
+
+    @lasting
+    def end_rows(self, ends: Sequence[int]) -> None:
+        """Forget what came in behind the end of each row's text; drops the recorded past.
+
+        A row is then as if it had never seen it, unless an update came in between. That update
+        stays: of the tokens it kept, those behind the end go, and a new period begins.
+
+        Args:
+            ends: ``[B]`` tokens of each row up to its end.
+        """
+        versions, sources, excess = [*self._past, self._now], [], []
+        late: list[int | None] = []
+        for row, end in enumerate(ends):
+            chosen = choose(versions, row, end, self.n_up)
+            late.append(end if chosen is None else None)
+            version, drop = chosen or (self._now, self._now.since(row, self.n_up))
+            sources.append((version, row))
+            excess.append(drop)
+        ended = gather(sources, self.num_kv_heads, self.n_up, excess)
+        if late != [None] * self.batch_size:
+            ended = without_tails(ended, self.num_kv_heads, self.n_up, late)
+        self._become(ended)
 
     @lasting
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -10,7 +10,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..values import Segments
+from .planner import CARRY
+
+#: Log-sum-exp of a query that counts no more: its attention is zero wherever it is computed again.
+SILENT = 1e30
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -64,27 +69,22 @@ class Version:
 
 
 def choose(
-    versions: Sequence[Version], target: Sequence[int], n_up: int
-) -> tuple[list[Version], list[int]] | None:
-    """For each row the version to go back to, and how many of its tokens to drop.
+    versions: Sequence[Version], row: int, wanted: int, n_up: int
+) -> tuple[Version, int] | None:
+    """The version that a row has to go back to, and how many of its tokens to drop.
 
     Args:
         versions: recorded before updates, oldest first, and the present one.
-        target: ``[B]`` tokens that each row shall have seen.
+        row: of the batch.
+        wanted: tokens that it shall have seen.
 
     Returns:
-        None if a row would need an update undone that was not recorded.
+        None if it would need an update undone that was not recorded.
     """
-    chosen, excess = [], []
-    for row, wanted in enumerate(target):
-        undone = (v for v in versions[:-1] if v.due[row] and wanted < v.seen[row])
-        version = next(undone, versions[-1])
-        drop = version.seen[row] - wanted
-        if not 0 <= drop <= version.since(row, n_up):
-            return None
-        chosen.append(version)
-        excess.append(drop)
-    return chosen, excess
+    undone = (v for v in versions[:-1] if v.due[row] and wanted < v.seen[row])
+    version = next(undone, versions[-1])
+    drop = version.seen[row] - wanted
+    return (version, drop) if 0 <= drop <= version.since(row, n_up) else None
 
 
 def gather(
@@ -125,3 +125,38 @@ def gather(
     lse_window = torch.stack([v.lse_window[b] for v, b in sources])
     store = Store(Segments._make((*tokens, cu_seqlens_k, seqused_k)), slots, kept)
     return Version(store, q_window, lse_window, seen, due)
+
+
+def without_tails(
+    version: Version, num_kv_heads: int, n_up: int, ends: Sequence[int | None]
+) -> Version:
+    """A version, at the end of a period of some rows, without what came behind their ends.
+
+    Args:
+        version: what is there.
+        ends: tokens of each row up to its end; None for rows that stay as they are.
+    """
+    old = version.store
+    rows, segment = old.segments.live_rows()
+    device = rows.device
+    limits = [2**31 - 1 if end is None else end for end in ends for _ in range(num_kv_heads)]
+    stays = old.segments.pos[rows] < torch.tensor(limits, device=device)[segment]
+    keep = torch.zeros(old.segments.capacity, dtype=torch.uint8, device=device)
+    keep[rows] = stays.to(torch.uint8)
+    num_kept = torch.zeros_like(old.segments.seqused_k)
+    num_kept.index_add_(0, segment, stays.to(torch.int32))
+    counts = num_kept.tolist()
+    kept = tuple(
+        n if ends[s // num_kv_heads] is None else counts[s] for s, n in enumerate(old.kept)
+    )
+    slots = tuple(n + n_up for n in kept)
+    total = [0, *accumulate(slots)]
+    cu_seqlens_k = torch.tensor(total, dtype=torch.int32, device=device)
+    segments = ops.compact(old.segments, keep, num_kept, cu_seqlens_k, capacity=total[-1])
+    # The queries behind an end must not count in the next update.
+    lse_window = version.lse_window.clone()
+    for row, end in enumerate(ends):
+        if end is not None:
+            lse_window[row, :, max(CARRY - version.seen[row] + end, 0) : CARRY] = SILENT
+    store = Store(segments, slots, kept)
+    return Version(store, version.q_window, lse_window, version.seen, version.due)
