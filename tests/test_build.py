@@ -112,7 +112,7 @@ FLOORS = [
     {"testing", "policy", "ragged", "rotation"},
     {"cache", "patching", "report"},
     {"corpus", "library", "tasks"},
-    {"answers", "baselines", "evolution", "fitting"},
+    {"answers", "asking", "baselines", "evolution", "fitting"},
     {"measure", "zoo"},
     {"demo", "cli"},
 ]
