@@ -87,6 +87,11 @@ def test_a_table_groups_tasks(tmp_path: Path) -> None:
         "| full cache | 100 | 100 | 100.0 | - | 1.500 | 100 % | - | - | - | - |",
         "| **NAMM** | 50 | 50 | **50.0** | **50 (40-60)** | +75.0 % | 25 % | - | - | - | - |",
     ]
+    many = [rows[0], *(row(f"rule {i}", 0.25, i / 10) for i in range(6)), rows[1]]
+    best = tool().table({"rows": many}, 512, 0.25, "best").splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in best] == [
+        "full cache", "**NAMM**", "rule 5", "rule 4", "rule 3", "rule 2",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=r"512 tokens and 0.125 kept must be measured"):
         tool().table({"rows": rows}, 512, 0.125)
 
@@ -97,11 +102,11 @@ def test_a_table_of_costs_is_against_the_full_cache() -> None:
             "kv_fraction": keep, "total_fraction": keep, "prefill_seconds": seconds,
             "decode_seconds": seconds / 100,
         }  # fmt: skip
-        return {"method": method, "length": 512, "keep": keep, "cost": cost}
+        return {"method": method, "length": 512, "keep": keep, "accuracy": 1.0, "cost": cost}
 
     rows = [row("full cache", 1.0, 2.0), row("NAMM", 0.25, 1.5)]
     content = {"settings": {"dtype": "float32"}, "rows": rows}
-    assert tool().table(content, 512, 0.25, costs_only=True).splitlines()[2:] == [
+    assert tool().table(content, 512, 0.25, "costs").splitlines()[2:] == [
         "| full cache | 100 % | 100 % | 2,000 ms | - | 20.0 ms | - |",
         "| NAMM | 25 % | 25 % | 1,500 ms | 0.75 | 15.0 ms | 0.75 |",
     ]

@@ -6,8 +6,8 @@
 
 A block begins with ``<!-- NAME LENGTH KEEP -->``, which stands for ``bench/results/NAME.json``, a
 context length and a budget, and ends with ``<!-- end -->``; with ``costs`` behind the budget it is
-bytes and times alone. A block whose file is missing stays as it is. ``--check`` only says whether
-the tables are what the files give.
+bytes and times alone, with ``best`` only the four rules that answer most beside NAMM. A block whose
+file is missing stays as it is. ``--check`` only says whether the tables are what the files give.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/benchmark.md")
-BLOCK = re.compile(r"(<!-- (\S+) (\d+) ([\d.]+)( costs)? -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (\S+) (\d+) ([\d.]+)( costs| best)? -->\n).*?(<!-- end -->)", flags=re.DOTALL
+)
 FULL = "full cache"
 
 # Columns of tasks; those that a file does not have are left out.
@@ -35,10 +37,10 @@ GROUPS = {
 }
 
 
-def table(content: dict[str, Any], length: int, keep: float, costs_only: bool = False) -> str:
-    """A Markdown table of the full cache and the rows of one length and budget.
+def table(content: dict[str, Any], length: int, keep: float, what: str = "") -> str:
+    """A Markdown table of the full cache and the rows of one length and budget, NAMM first.
 
-    ``costs_only`` leaves bytes and times, the latter also against the full cache.
+    ``what`` may be "costs" or "best", as in a block.
 
     Raises:
         ValueError: if none was measured.
@@ -48,7 +50,11 @@ def table(content: dict[str, Any], length: int, keep: float, costs_only: bool = 
     rows = [row for row in here if row["method"] != FULL and row["keep"] == keep]
     if full is None or not rows:
         raise ValueError(f"{length} tokens and {keep} kept must be measured, with the full cache")
-    if costs_only:
+    rows.sort(key=lambda row: (not row["method"].startswith("NAMM"), -(row["accuracy"] or 0)))
+    if what == "best":
+        ours = sum(row["method"].startswith("NAMM") for row in rows)
+        rows = rows[: ours + 4]
+    if what == "costs":
         return _costs_table(content, length, keep, (full, *rows))
     groups = {name: [t for t in tasks if t in full["tasks"]] for name, tasks in GROUPS.items()}
     groups = {name: tasks for name, tasks in groups.items() if tasks}
@@ -132,7 +138,7 @@ def filled(text: str, folder: Path) -> str:
         if not path.is_file():
             return match[0]
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows = table(content, int(match[3]), float(match[4]), bool(match[5]))
+        rows = table(content, int(match[3]), float(match[4]), (match[5] or "").strip())
         return f"{match[1]}{rows}\n{match[6]}"
 
     return BLOCK.sub(block, text)

@@ -70,7 +70,7 @@ def fit(
         typer.Option(
             help="What the attention of questions counts, against that of repeating the text. "
             "Texts of a folder have no questions.",
-            show_default="12",
+            show_default="120",
         ),
     ] = None,
     seed: Seed = 0,

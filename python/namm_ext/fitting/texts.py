@@ -15,7 +15,7 @@ from .importance import Later, Text
 #: What asks a model to read its context again.
 REPEAT = "\n\nRepeat the previous context exactly."
 #: What the attention of questions counts, against that of repeating the text.
-QUESTION_WEIGHT = 12.0
+QUESTION_WEIGHT = 120.0
 
 
 def repeated(tokenizer: Any, ids: Sequence[int]) -> Text:
