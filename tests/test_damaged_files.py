@@ -6,11 +6,16 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, tokens
 from namm_ext import NAMM, NAMMCache, NAMMConfig
 from namm_ext.baselines import StreamingLLM
+from namm_ext.evolution.run_folder import CONFIG_FILE, STATE_FILE, RunFolder
+from namm_ext.fitting.checkpoint import Checkpoint
+from namm_ext.fitting.importance import Later, Text
+from namm_ext.fitting.ridge import Ridge
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_original import checkpoint
@@ -146,6 +151,56 @@ def test_damaged_checkpoints_of_the_original(which, count, tmp_path):
             assert loaded.count == whole.count
     # Much of a small zip file is padding.
     assert refused > 0.2 * count
+
+
+class Resumed:
+    """A file that a later run goes on from, and what is read from it."""
+
+    def __init__(self, name, folder):
+        self.path = folder / name
+        self.folder = RunFolder(folder)
+        draw = torch.Generator().manual_seed(0)
+        self.texts = [Text((1, 2, 3), (Later((4, 5)),))]
+        self.model = build(FAMILIES["llama"]())
+        if name == "gate.npz":
+            sums = [Ridge(20, 2) for _ in range(3)]
+            for ridge in sums:
+                ridge.add(torch.randn(9, 20, generator=draw), torch.randn(9, 2, generator=draw))
+            Checkpoint(self.path, self.model, self.texts).save(1, sums)
+            return
+        self.run = {"popsize": 4, "seed": 0, "problem": {"lengths": [96, 112], "weight": 0.5}}
+        self.folder.check(self.run)
+        arrays = {key: torch.randn(40, generator=draw).numpy() for key in ("x0", "history")}
+        self.folder.save(STATE_FILE, {**arrays, "log": np.array(["{}", '{"a": 1}'])})
+
+    def read(self):
+        if self.path.name == CONFIG_FILE:
+            return self.folder.check(self.run)
+        if self.path.name == STATE_FILE:
+            return self.folder.load(STATE_FILE, ("x0", "history", "log"))
+        done, sums = Checkpoint(self.path, self.model, self.texts).load()
+        counts = {"done": done, "count": [ridge.count for ridge in sums]}
+        return {**counts, "sums": np.stack([[*r.total, *r.products.flatten()] for r in sums])}
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [STATE_FILE, CONFIG_FILE, "gate.npz"])
+def test_damaged_states_of_runs(name, count, tmp_path):
+    resumed, draw, refused = Resumed(name, tmp_path), random.Random(0), 0
+    good, whole = resumed.path.read_bytes(), resumed.read()
+    for i in range(count):
+        data = bytearray(good)
+        DAMAGES[i % len(DAMAGES)](data, draw)
+        if bytes(data) == good:
+            continue
+        resumed.path.write_bytes(data)
+        try:
+            np.testing.assert_equal(resumed.read(), whole)
+        except ValueError as error:
+            refused += 1
+            if str(tmp_path) not in str(error):
+                raise
+    assert refused > 0.5 * count
 
 
 @pytest.mark.parametrize("section", ["config", "budget", "checksum"])

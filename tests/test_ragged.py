@@ -403,6 +403,17 @@ def test_the_recorded_past_is_what_128_tokens_need():
     assert kv.recorded_bytes == 0
 
 
+@pytest.mark.parametrize("length", [385, 399])
+def test_128_tokens_can_be_taken_back_wherever_the_updates_were(length):
+    q, k, v = inputs(length)
+    kv, fresh = make(policy()), make(policy())
+    kv.recording = True
+    run(kv, q, k, v)
+    kv.crop([128] * B)
+    run(fresh, *(x[:, :, : length - 128] for x in (q, k, v)))
+    same(kv, fresh)
+
+
 def test_rows_can_go_back_128_tokens_each():
     """Rows that update apart make more versions of the store; none is dropped too early."""
     q, k, v = inputs(300)

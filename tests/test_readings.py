@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -138,6 +139,64 @@ def test_fit_texts_depend_on_the_seed_alone(plain):
     texts = suite.fit_texts(plain, length=1024, count=6)
     assert suite.fit_texts(plain, length=1024, count=4) == texts[:4]
     assert suite.fit_texts(plain, length=1024, count=1, seed=1)[0] != texts[0]
+
+
+def _sentences(number, count):
+    """English enough to be filler."""
+    draw = random.Random(number)
+    nouns = ("river", "window", "garden", "engine", "letter", "mountain", "paper", "winter")
+    return " ".join(
+        f"The {draw.choice(nouns)} of the {draw.choice(nouns)} is here." for _ in range(count)
+    )
+
+
+def _library(split):
+    """Texts that are the same on every machine, with some that are no filler among them."""
+    prose, code = [], []
+    for i in range(40):
+        text = _sentences(i, 3)
+        no_filler = (text.lower(), text[:-1], ">>> " + text, text[:40] + ".", "+/- " * 20 + text)
+        prose.append("\n\n".join([text, _sentences(i, 40), no_filler[i % 5], text.upper()]))
+        code.append(
+            f"import module_{i}\n\n\ndef function_{i}(value):\n    other = value + {i}\n"
+            f"    return other * {i}\n\n\nNAMES_{i} = {[f'name_{j}' for j in range(i % 9)]}\n"
+            f"\n\nclass Ä{i}:\n    text = {_sentences(i, 2)!r}\n"
+        )
+    return Library(split, (("a", tuple(prose[::2])), ("b", tuple(prose[1::2]))), tuple(code))
+
+
+DIGESTS = {
+    "single": "5136eaa4caa9",
+    "multi_key": "5c16151f816f",
+    "multi_value": "6eb671d6bda8",
+    "multi_query": "1a16abd444da",
+    "paraphrase": "bb83d0108cb6",
+    "overwritten": "02701f25e72b",
+    "multi_turn": "5f48c07fb4a5",
+    "many_shot": "fd2f88f955ac",
+    "table": "d345b45ab4a2",
+    "code": "176a34f0b7cc",
+    "variable_tracking": "19b235e6ac56",
+    "unseen_family": "a32f2e2b1bd8",
+    "fit": "e8b0da750f94",
+    "visible": "4185b753e177",
+}
+
+
+@pytest.mark.parametrize("task", [*suite.TASKS, "fit", "visible"])
+def test_the_same_readings_on_every_machine(chatty, task):
+    """Figures of memories are of these readings: another one is another benchmark."""
+    given = {"length": 700, "library": _library("test"), "split": "test"}
+    if task == "fit":
+        made = suite.fit_texts(chatty, count=8, **{**given, "split": "train"})
+    else:
+        make = suite.make_visible_reading if task == "visible" else suite.make_reading
+        name = "multi_key" if task == "visible" else task
+        readings = [make(name, chatty, index=i, **given) for i in range(3)]
+        made = [
+            (r.context_ids, [(q.ids, q.answer_ids) for q in r.questions], r.spans) for r in readings
+        ]
+    assert hashlib.sha256(repr(made).encode()).hexdigest()[:12] == DIGESTS[task]
 
 
 def test_too_short_a_context_is_an_error(plain):
