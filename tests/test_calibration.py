@@ -35,6 +35,8 @@ def test_docstring_examples():
     ({"layer_fractions": torch.ones(3, 3)}, "layer_fractions must be [2, 3], layers and fractions"),
     ({"layer_fractions": torch.tensor([[0.3, 0.2, 1.0], [0.2, 0.8, 1.0]])},
      "layer_fractions must be at least 0 and never fall along a row"),
+    ({"layer_fractions": torch.tensor([[-0.1, 0.2, 1.0], [0.6, 0.8, 1.0]])},
+     "layer_fractions must be at least 0 and never fall along a row"),
     ({"layer_fractions": torch.tensor([[0.1, 0.3, 0.9], [0.4, 0.7, 1.1]])},
      "layer_fractions must be 1 in the last column"),
     ({"layer_fractions": torch.tensor([[0.1, 0.3, 1.0], [0.4, 0.8, 1.0]])},
@@ -42,7 +44,7 @@ def test_docstring_examples():
     ({"scales": torch.ones(2, 3)}, "scales must be [2, 2] as offsets, got [2, 3]"),
     ({"scales": torch.tensor([[1.0, 1.0], [-0.5, 1.0]])}, "scales must be at least 0, got"),
     ({"scales": torch.full((2, 2), math.nan)}, "scales must be finite, got NaN or infinite"),
-], ids=range(14))  # fmt: skip
+], ids=range(15))  # fmt: skip
 def test_bad_values(changes, message):
     with pytest.raises(ValueError) as error:
         small_calibration(**changes)

@@ -26,6 +26,8 @@ from namm_ext.evolution import (
     run_folder,
     train,
 )
+from namm_ext.evolution.problem import Batch
+from namm_ext.policy import Policy
 from small_evolution import CONFIG, MEMORY, bank, make_problem, without_time
 
 pytest.importorskip("cma")
@@ -101,6 +103,23 @@ def test_a_run_equals_itself_and_writes_what_it_found(
     assert value == pytest.approx(validated[first.generation], abs=1e-9)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"config.json", "state.npz", "log.jsonl", "policy", ".lock"}
+
+
+class Watched(RecordProblem):
+    """Notes what a memory may keep of which contexts."""
+
+    def fitness(self, model: Any, policy: Policy, batch: Batch, *arguments: Any) -> Evaluation:
+        type(self).given.append((len(batch[0].input_ids), policy.budget.size))
+        return super().fitness(model, policy, batch, *arguments)
+
+
+def test_a_budget_is_a_share_of_each_length(
+    model: Any, problem: RecordProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watched, "given", [], raising=False)
+    values = {name: getattr(problem, name) for name in problem.__dataclass_fields__ if name != "_"}
+    evolve(model, Watched(**values), CONFIG)
+    assert set(Watched.given) == {(96, 24), (112, 28), (128, 32)}
 
 
 class Interrupted(RecordProblem):

@@ -1,7 +1,11 @@
 """Fits: importance, gate, calibration and scorer, against the same written out densely."""
 
+import contextlib
+import itertools
 import math
+import os
 
+import namm_ext.fitting.gate as gate_fit
 import pytest
 import torch
 import transformers
@@ -154,6 +158,40 @@ def test_an_interrupted_gate_fit_goes_on(tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="damaged"):
         Checkpoint(path, model, texts).load()
+
+
+@pytest.mark.parametrize("place", ["read_twice", "Ridge.add", "Checkpoint.save", "os.replace"])
+def test_whatever_fails_in_a_fit_it_goes_on(place, tmp_path, monkeypatch):
+    model = _model()
+    texts = [Text(_ids(20, i), (Later(_ids(20, 100 + i)),)) for i in range(6)]
+    whole = fit_gate(model, texts, held_out=2)
+    monkeypatch.setattr(gate_fit, "EVERY", 2)
+    owner, name = {
+        "read_twice": (gate_fit, "read_twice"), "Ridge.add": (Ridge, "add"),
+        "Checkpoint.save": (Checkpoint, "save"), "os.replace": (os, "replace"),
+    }[place]  # fmt: skip
+    inner = getattr(owner, name)
+    for after, at in itertools.product((False, True), (1, 2, 3, 4, 6)):
+        calls = itertools.count(1)
+
+        def failing(*args, after=after, at=at, calls=calls, **kwargs):
+            now = next(calls) == at
+            if now and not after:
+                raise KeyboardInterrupt
+            result = inner(*args, **kwargs)
+            if now:
+                raise KeyboardInterrupt
+            return result
+
+        path = tmp_path / f"{after}-{at}.npz"
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(owner, name, failing)
+            fit_gate(model, texts, held_out=2, checkpoint=Checkpoint(path, model, texts))
+            assert next(calls) <= at  # nothing failed: there are no more such places
+        assert model.config._attn_implementation == "sdpa"
+        again = fit_gate(model, texts, held_out=2, checkpoint=Checkpoint(path, model, texts))
+        assert torch.equal(again.gate.weight, whole.gate.weight)
+        assert again.r2 == whole.r2
 
 
 def test_fit_quality_of_a_perfect_and_a_constant_guess():
@@ -363,5 +401,7 @@ def test_texts_of_a_folder(bundled, tmp_path):
     texts = folder_texts(tokenizer, tmp_path, length=64, count=3)
     assert [len(text.ids) for text in texts] == [64, 64, 64]
     assert texts[0].later[0].ids[-64:] == texts[0].ids
+    assert folder_texts(tokenizer, tmp_path, length=64, count=3, seed=0) == texts
+    assert folder_texts(tokenizer, tmp_path, length=64, count=3, seed=1) != texts
     with pytest.raises(ValueError, match="tokens of text"):
         folder_texts(tokenizer, tmp_path, length=10**6, count=1)

@@ -7,7 +7,8 @@ import torch
 from hf_models import FAMILIES, build, evicting_policy, gemma3_config, positions, tokens
 from hybrid_models import build_hybrid
 from injection import AroundParts, AtLines, Interrupt
-from namm_ext import NAMMCache
+from namm_ext import NAMM, NAMMCache
+from namm_ext.policy import Gate
 
 #: Columns where calls end: a prompt with an update, steps over an update, a chunk over one.
 ENDS = (0, 20, 31, 32, 33, 50)
@@ -22,6 +23,8 @@ class Sequence:
         recurrent = kind == "recurrent"
         self.model = build_hybrid("lfm2") if recurrent else build(config, torch.float64)
         self.policy = evicting_policy(budget=10)
+        if kind == "gated":
+            self.policy = gated(self.policy, self.model.config)
         rows = 2 if kind == "padded" else 1
         self.ids = tokens(rows, ENDS[-1])
         self.mask = torch.ones_like(self.ids)
@@ -58,12 +61,24 @@ class Sequence:
         assert self.state(cache) == self.end
 
 
+def gated(policy, config):
+    """With a gate, whose numbers an update writes into the store itself."""
+    generator = torch.Generator().manual_seed(0)
+    heads, size = config.num_key_value_heads, 2 * config.head_dim + 2
+    weight = torch.randn(config.num_hidden_layers, heads, heads * size, generator=generator)
+    gate = Gate(weight, torch.zeros(weight.shape[:2]), config.head_dim)
+    return NAMM(
+        policy.config, policy.params, policy.mean, policy.var, budget=policy.budget, gate=gate
+    )
+
+
+KINDS = ("plain", "hybrid", "recurrent", "padded", "recording", "gated")
 PLACES = {"parts": (AroundParts, 7), "lines": (AtLines, 61)}
 
 
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("places", PLACES)
-@pytest.mark.parametrize("kind", ["plain", "hybrid", "recurrent", "padded", "recording"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_whatever_fails_the_next_call_is_right_or_refused(kind, places, dense, monkeypatch):
     sequence = Sequence(kind)
     make, stride = PLACES[places]

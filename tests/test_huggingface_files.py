@@ -62,6 +62,19 @@ def test_reordered_rows_are_saved_with_their_parameters(model, policy, tmp_path)
 
 
 @torch.no_grad()
+def test_a_model_of_one_head(policy, tmp_path):
+    config = FAMILIES["llama"]()
+    config.num_attention_heads = config.num_key_value_heads = 1
+    model, path = build(config, torch.float64), tmp_path / "memory.safetensors"
+    cache = NAMMCache(model, policy)
+    model(tokens(1, 45), past_key_values=cache)
+    cache.save(path)
+    loaded = NAMMCache.load(path, model, policy)
+    want, got = (model(tokens(1, 5), past_key_values=c).logits for c in (cache, loaded))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
 def test_the_file_holds_only_what_is_kept(model, tmp_path):
     cache = NAMMCache(model, StreamingLLM(8, 16))
     model(tokens(1, 640), past_key_values=cache)

@@ -282,6 +282,17 @@ def test_verdict() -> None:
     )
 
 
+def test_the_legend_says_what_was_asked_and_what_columns_mean() -> None:
+    readings, asked = tables.legend(64, None).plain, tables.legend(64, None, True).plain
+    mix = tables.legend(64, tasks.RecordMix(8, mentions=2, idle_per_1024=16)).plain
+    assert "The question comes when" in readings
+    assert "has read the question" in asked
+    assert "8 records per context, each stated 2 times, among 16 per 1,024" in mix
+    for text in (readings, asked, mix):
+        assert "±: half of a 95 % bootstrap interval" in text
+        assert "one update every 64 tokens" in text
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then() -> None:
     from namm_ext.measure.progress import progress
 

@@ -251,10 +251,13 @@ def test_zero_scale_is_the_mean(device: str) -> None:
     torch.testing.assert_close(out[0, new, 0], mean, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_new", [1, 20])
+# Segments of few queries and many keys are split; no part of them has seen anything then.
+@pytest.mark.parametrize(
+    ("name", "num_new"), [("prefill-wide", 1), ("prefill-wide", 20), ("few-rows-split", 3)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_query_that_sees_nothing(num_new: int, dtype: str, device: str) -> None:
-    call = make("prefill-wide", DTYPES[dtype], device)
+def test_a_query_that_sees_nothing(name: str, num_new: int, dtype: str, device: str) -> None:
+    call = make(name, DTYPES[dtype], device)
     call.num_new.fill_(num_new)
     call.pos_first.fill_(-num_new // 2)
     out, lse = call.attend()

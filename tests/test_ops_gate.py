@@ -202,6 +202,12 @@ def test_float64_runs_the_reference():
     )
 
 
+def test_float32_runs_the_kernel(monkeypatch):
+    store, args = _case()
+    monkeypatch.setattr(reference, "gate_", None)
+    ops.gate_(store, **args)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [0, 6, 10])
 def test_inputs_are_those_of_the_law(rotary_dim, interleaved):

@@ -19,6 +19,7 @@ from namm_ext.evolution import (
     JsonlProblem,
     PlainContext,
     Problem,
+    RecordProblem,
     TextProblem,
     evolve,
 )
@@ -126,6 +127,11 @@ def test_batches_are_fixed_by_seed_and_generation(folder: Path, tokenizer: Any) 
         assert first == problem.fit_batches(0, 0, 500)
         assert [len(batch[0].input_ids) for batch in first] == list(problem.lengths)
         assert first[0][0] != second[0][0] != problem.training_batch(0, 0)[0]
+
+
+def test_statistics_are_those_of_the_longest_contexts(tokenizer: Any) -> None:
+    problem = make_problem(tokenizer, validation_lengths=(96, 160, 128))
+    assert {len(c.input_ids) for c in problem.calibration_batch(0)} == {160}
 
 
 def test_the_fitness_of_text_is_its_likelihood(model: Any, folder: Path, tokenizer: Any) -> None:
@@ -303,6 +309,8 @@ def test_the_bundled_memory_has_its_recipe(tokenizer: Any) -> None:
 
 
 def test_problem_settings_are_checked(tokenizer: Any) -> None:
+    lengths = RecordProblem(tokenizer, ("text",), ("text",)).context_lengths
+    assert lengths == (256, 512, 1024)
     for changes, message in (
         ({"num_examples": 0}, "num_examples must be at least 1, got 0"),
         ({"lengths": ()}, "lengths must be positive, at least one, got ()"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -163,6 +164,7 @@ def test_prompt_asks_without_answering(tokenizer):
         context = example.input_ids[: example.query_starts[0]]
         assert prompt.input_ids == context + asked
         assert prompt.answer_ids == example.input_ids[start:stop]
+    assert tasks.make_prompt(example) == tasks.make_prompt(example, 0)
 
 
 def test_exact_match_needs_every_answer_token(tokenizer):
@@ -259,6 +261,13 @@ def test_errors_name_the_argument(changed, message, tokenizer):
     }
     with pytest.raises(ValueError, match=message):
         tasks.make_example(tokenizer=tokenizer, **arguments)
+
+
+def test_a_context_may_be_lines_alone(tokenizer):
+    with pytest.raises(ValueError, match="length must be at least") as error:
+        make("assign", tokenizer, length=40)
+    needed = int(re.search(r"\d+", str(error.value))[0])
+    assert len(make("assign", tokenizer, length=needed).input_ids) == needed
 
 
 def test_misuse_of_the_metrics_is_an_error(tokenizer):

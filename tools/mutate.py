@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -262,28 +266,23 @@ class Laboratory:
 
     def test(self, files: Sequence[str]) -> tuple[str, str]:
         """``caught``, ``survived`` or ``timed out``, and the test that said so."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(self.folder / "python")}
-        try:
-            done = subprocess.run(
-                [*command, *files], cwd=self.folder, env=environment, capture_output=True,
-                text=True, timeout=self.limit, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
+        output = self.folder / "pytest.txt"
+        # A fork, because importing torch and transformers takes longer than most tests.
+        child = multiprocessing.get_context("fork").Process(
+            target=_run_pytest, args=(self.folder, files, output)
+        )
+        child.start()
+        child.join(self.limit)
+        if child.exitcode is None:
+            assert child.pid is not None
+            os.killpg(child.pid, signal.SIGKILL)
+            child.join()
             return "timed out", ""
-        if done.returncode == 0:
+        if child.exitcode == 0:
             return "survived", ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.MULTILINE)
-        return "caught", failed[1] if failed else f"exit status {done.returncode}"
+        text = output.read_text(encoding="utf-8", errors="replace")
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)
+        return "caught", failed[1] if failed else f"exit status {child.exitcode}"
 
     def judge(self, mutant: Mutant) -> Outcome:
         """Make it, test it, undo it."""
@@ -301,6 +300,27 @@ class Laboratory:
             mutant.path, mutant.line, mutant.before, mutant.after, outcome, by,
             round(time.perf_counter() - began, 1),
         )  # fmt: skip
+
+
+def _import_what_tests_import() -> None:
+    """All that is slow to import, and nothing of ``namm_ext``."""
+    for name in ("torch", "transformers", "pytest", "hypothesis", "cma", "rich.table", "typer"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def _run_pytest(folder: Path, files: Sequence[str], output: Path) -> None:
+    """In a process of its own: the tests of a tree, with that tree's package."""
+    os.setsid()
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder / "python"))
+    os.environ["PYTHONPATH"] = str(folder / "python")
+    import pytest
+
+    sys.exit(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *files]))
 
 
 def _installed() -> Path:
@@ -345,6 +365,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     mutants = chosen(args.count, args.count_cpp, args.seed)
+    _import_what_tests_import()
     done: list[Outcome] = []
     with tempfile.TemporaryDirectory() as temporary:
         laboratory = Laboratory(Path(temporary) / "tree", args.limit)
