@@ -104,15 +104,8 @@ class NAMMCache(Cache):
     def evicts(self) -> bool:
         """Whether updates forget tokens; True at first.
 
-        Between two calls it may be set: while it is False all tokens stay, and the first update
-        after it is True again goes back to the budget. Files do not keep it.
-
-        Example:
-            Read a document with the memory, then a question and its answer in full::
-
-                model(document, cache=cache)
-                cache.evicts = False
-                model.generate(question, cache=cache)
+        Between two calls it may be set: after ``cache.evicts = False`` all tokens stay, and the
+        first update after it is True again goes back to the budget. Files do not keep it.
         """
         return self.session.evicts
 
