@@ -11,7 +11,7 @@ import transformers
 from namm_ext import NAMM, Budget, NAMMConfig, reference
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 VOCAB = 97
 COMMON: dict[str, Any] = {
@@ -109,18 +109,23 @@ class DenseOracle:
         n_up: tokens between updates.
         score: what to rank tokens by.
         select: scores ``[H, T]``, alive ``[H, T]`` and tokens so far -> alive.
+        memories: layers that evict, None for all; the others attend as SDPA does.
     """
 
     def __init__(
-        self, n_up: int, score: Score, select: Callable[[Tensor, Tensor, int], Tensor]
-    ) -> None:
+        self, n_up: int, score: Score, select: Callable[[Tensor, Tensor, int], Tensor],
+        memories: set[int] | None = None,
+    ) -> None:  # fmt: skip
         self.n_up, self.score, self.select = n_up, score, select
+        self.memories = memories
         self.layers: dict[int, OracleLayer] = {}
 
     def attention(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
-        scaling: float | None = None, **kwargs: Any,
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+        scaling: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
+        if self.memories is not None and module.layer_idx not in self.memories:
+            return _stock(query, key, value, attention_mask, scaling, s_aux), None
         _, num_heads, new, dim = query.shape
         _, h, total, _ = key.shape
         scale = dim**-0.5 if scaling is None else scaling
@@ -135,7 +140,7 @@ class DenseOracle:
             logits = torch.einsum("hgd,htd->hgt", q, key[0, :, : t + 1]) * scale
             layer.alive[:, t] = True
             logits = logits.masked_fill(~layer.alive[:, None, : t + 1], -torch.inf)
-            p = logits.softmax(-1)
+            p = _with_sink(logits, s_aux)
             out[0, i] = torch.einsum("hgt,htd->hgd", p, value[0, :, : t + 1]).reshape(num_heads, -1)
             layer.probs[:, t, : t + 1] = p.mean(1)
             if (t + 1) % self.n_up == 0:
@@ -234,7 +239,7 @@ def select_by(
     return select
 
 
-def namm_oracle(policy: NAMM) -> DenseOracle:
+def namm_oracle(policy: NAMM, memories: set[int] | None = None) -> DenseOracle:
     """The oracle of a NAMM, whatever its selection."""
     b = policy.budget
     return DenseOracle(
@@ -243,17 +248,41 @@ def namm_oracle(policy: NAMM) -> DenseOracle:
         select_by(
             b.threshold, b.size, b.scope, b.selection == "original", b.sink_tokens, b.recent_tokens
         ),
+        memories,
     )
+
+
+def _with_sink(logits: Tensor, s_aux: Tensor | None) -> Tensor:
+    """Softmax over the last of ``[H, G, ...]`` with one more column per head, left out again."""
+    if s_aux is None:
+        return logits.softmax(-1)
+    sink = s_aux.to(logits).view(*logits.shape[:2], *[1] * (logits.dim() - 2))
+    return torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+
+
+def _stock(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Dense attention of one row ``[1, L, Hq, Dv]`` under a mask of transformers."""
+    h, length, total = key.shape[1], query.shape[2], key.shape[2]
+    q = query[0].unflatten(0, (h, query.shape[1] // h))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = torch.einsum("hgld,htd->hglt", q, key[0]) * scale
+    visible = torch.ones(length, total, dtype=torch.bool).tril(total - length)
+    visible = visible if mask is None else mask[0, 0]
+    p = _with_sink(logits.masked_fill(~visible, -torch.inf), s_aux)
+    return torch.einsum("hglt,htd->lhgd", p, value[0]).flatten(1, 2)[None]
 
 
 _current: list[DenseOracle] = []
 AttentionInterface.register("dense_oracle", lambda *a, **kw: _current[-1].attention(*a, **kw))
-AttentionMaskInterface.register("dense_oracle", lambda *a, **kw: None)
+AttentionMaskInterface.register("dense_oracle", sdpa_mask)
 
 
 def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
     """Logits of every position of one row under the oracle's evictions."""
-    before = model.config._attn_implementation
+    before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation("dense_oracle")
     _current.append(oracle)
     try:

@@ -33,6 +33,10 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
         layer_types=["linear_attention"] * 3 + ["full_attention"],
     ),
     "lfm2": lambda: transformers.Lfm2Config(**_SIZES, layer_types=["conv", "full_attention"] * 2),
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+        **_SIZES, **_MOE, layer_types=["conv", "full_attention"] * 2, num_experts=4,
+        num_dense_layers=1,
+    ),
     "granite_4_h": lambda: transformers.GraniteMoeHybridConfig(
         **_SIZES, **_MAMBA, layer_types=["mamba", "attention"] * 2, num_local_experts=0,
         shared_intermediate_size=32,
@@ -52,6 +56,9 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
         use_mamba_kernels=False,
     ),
     "bamba": lambda: transformers.BambaConfig(**_SIZES, **_MAMBA, attn_layer_indices=[1, 3]),
+    "falcon_h1": lambda: transformers.FalconH1Config(
+        **_SIZES, **_MAMBA, mamba_d_ssm=64, mamba_chunk_size=16
+    ),
     "llama4": lambda: transformers.Llama4TextConfig(
         **_SIZES, head_dim=8, attention_chunk_size=16, intermediate_size_mlp=48,
         num_local_experts=2, interleave_moe_layer_step=2, no_rope_layers=[1, 1, 1, 0],

@@ -19,12 +19,13 @@ from hf_models import (
     build,
     evicting_policy,
     gemma3_config,
+    greedy,
     namm_oracle,
     oracle_logits,
     positions,
     tokens,
 )
-from namm_ext import NAMM, Budget, NAMMCache, NAMMConfig, apply, remove
+from namm_ext import NAMM, Budget, NAMMCache, NAMMConfig, apply, patch, remove
 from namm_ext.baselines import NeverEvict
 from namm_ext.cache.attention import namm_attention_forward
 
@@ -312,6 +313,33 @@ def test_multimodal_model(llava):
     remove(llava)
     assert llava.config.text_config._attn_implementation == "sdpa"
     assert torch.equal(llava.generate(**inputs, max_new_tokens=20, do_sample=False), want)
+
+
+def test_images_that_are_read_in_both_directions():
+    """Token types of a text alone change nothing; blocks of an image are refused, with a reason."""
+    torch.manual_seed(0)
+    text = gemma3_config()
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=VOCAB - 1,
+        boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3,
+    )  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration(config).double().eval()
+    ids = tokens(2, 40).clamp(max=VOCAB - 4)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    inputs = {"attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    want = greedy(model, ids, **inputs)
+    with patch(model, NeverEvict(n_up=16)):
+        assert torch.equal(greedy(model, ids, **inputs), want)
+        ids[:, 10:14] = VOCAB - 1
+        inputs["token_type_ids"] = (ids == VOCAB - 1).long()
+        image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+        with pytest.raises(ValueError, match="4-D and bidirectional masks are not supported"):
+            greedy(model, ids, **inputs, pixel_values=image)
 
 
 MODULES = "ragged.planner cache.cache patching baselines._base baselines.by_key"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_models import FAMILIES, build, evicting_policy, positions, tokens
+from hybrid_models import build_hybrid
 from namm_ext import NAMMCache
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -64,3 +65,20 @@ def test_compiled_errors_are_the_same():
         compiled(tokens(2, 9), past_key_values=cache)
         with pytest.raises(ValueError, match="batch must have 2 rows as before, got 3"):
             compiled(tokens(3, 9), past_key_values=cache)
+
+
+def test_recurrent_layers_are_compiled_around():
+    """Their calls are counted outside of the graphs, and all of them are."""
+    torch._dynamo.reset()
+    model, policy, ids = build_hybrid("lfm2"), evicting_policy(budget=10), tokens(1, 60)
+    plain, cache = NAMMCache(model, policy), NAMMCache(model, policy)
+    compiled = torch.compile(model.forward, backend="eager")
+    with torch.no_grad():
+        for a, b in ((0, 40), (40, 41), (41, 42), (42, 60)):
+            want = model(ids[:, a:b], past_key_values=plain).logits
+            got = compiled(ids[:, a:b], past_key_values=cache).logits
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+    cache.session.recurrent.check()
+    assert [positions(x) for x in cache.memory_layers] == [
+        positions(x) for x in plain.memory_layers
+    ]

@@ -59,16 +59,20 @@ MODELS = {
         "NAMMCache: softcapped attention logits are not supported, got 'gemma2'",
     ),
     "both_in_one": (
-        lambda: transformers.FalconH1Config(
-            **COMMON, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
-            mamba_d_ssm=64,
+        lambda: transformers.ZambaConfig(
+            **{**COMMON, "num_hidden_layers": 4}, layer_types=["linear_attention", "hybrid"] * 2,
+            n_mamba_heads=2, mamba_dt_rank=4,
         ),
         "NAMMCache: layers must have full, sliding or linear attention or a recurrent state, layer "
-        "0 of 'falcon_h1' has 'hybrid'",
+        "1 of 'zamba' has 'hybrid'",
     ),
     "minimax": (
         lambda: transformers.MiniMaxConfig(**COMMON, num_local_experts=2),
         "NAMMCache: 'minimax' is not supported, it needs a cache class of its own",
+    ),
+    "jetmoe": (
+        lambda: transformers.JetMoeConfig(**COMMON, kv_channels=8, num_local_experts=2),
+        "NAMMCache: 'jetmoe' is not supported, it changes keys between cache and attention",
     ),
     "doge": (
         lambda: transformers.DogeConfig(**COMMON),

@@ -46,19 +46,25 @@ def namm_mask(
     Anything but plain causality over the new tokens (sliding windows, stock caches, overlays) is
     what ``sdpa_mask`` makes of it.
     """
-    plain = mask_function is causal_mask_function and allow_is_causal_skip
-    if plain and q_length == kv_length and q_offset == kv_offset:
-        return attention_mask
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
+    sizes: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
         **kwargs,
+    }
+    if q_length == kv_length and q_offset == kv_offset:
+        plain = mask_function is causal_mask_function and allow_is_causal_skip
+        if not plain and not allow_is_causal_skip and not torch.compiler.is_compiling():
+            # An overlay for images says nothing more where there are none.
+            whole = sdpa_mask(**sizes, attention_mask=None, allow_is_causal_skip=False)
+            plain = whole is not None and torch.equal(whole, whole.new_ones(whole.shape).tril())
+        if plain:
+            return attention_mask
+    return sdpa_mask(
+        **sizes, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip
     )
 
 

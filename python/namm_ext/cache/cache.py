@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..policy import Policy
 from ..ragged import lasting
@@ -19,12 +19,12 @@ from ..report import LayerReport, Report
 from . import files
 from .families import decoder_config, passes_use_cache, stock_layers
 from .layer import NAMMLayer
-from .recurrent import is_recurrent, refuse
+from .recurrent import RecurrentCache, has_memory, recurrent_part, refuse
 from .session import Session
 from .switching import keep
 
 
-class NAMMCache(Cache):
+class NAMMCache(RecurrentCache):
     """KV cache whose content a policy decides; pass it as ``cache``, which transformers before 5.24
     calls ``past_key_values``.
 
@@ -81,11 +81,12 @@ class NAMMCache(Cache):
         if policy.calibration is not None:
             heads = getattr(config, "num_key_value_heads", None)
             policy.calibration.check_model(len(layers), heads)
-        memories = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        memories = [i for i, layer in enumerate(layers) if has_memory(layer)]
+        states = {i: recurrent_part(layer) for i, layer in enumerate(layers)}
         session = Session(
             config, policy, param_index, memories,
             {i: x for i, x in enumerate(layers) if isinstance(x, DynamicSlidingWindowLayer)},
-            {i: x for i, x in enumerate(layers) if is_recurrent(x)},
+            {i: state for i, state in states.items() if state is not None},
         )  # fmt: skip
         if model is not None:
             session.model = weakref.ref(model)
@@ -144,7 +145,8 @@ class NAMMCache(Cache):
         """(length, offset) of the keys that a layer's mask is for."""
         if self.session.sliding:
             self.session.settle_sliding()
-        self.session.recurrent.call_begins()
+        if self.session.recurrent.layers:
+            self.session.recurrent.call_begins()
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
@@ -160,38 +162,6 @@ class NAMMCache(Cache):
             key_states, value_states, layer_idx, *args, **kwargs
         )
         return result
-
-    # Whatever a recurrent layer asks for, it is about to change its state.
-    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """Whether a recurrent layer has read anything, by default the last one."""
-        if layer_idx in self.session.recurrent.layers:
-            self.session.recurrent.asks(layer_idx)
-        result: bool = super().has_previous_state(layer_idx, *args, **kwargs)
-        return result
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        """What the convolution of a recurrent layer has seen last."""
-        self.session.recurrent.reads(layer_idx, "get_conv_state", state_idx)
-        return super().get_conv_state(layer_idx, state_idx)
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        """The state of a recurrent layer."""
-        self.session.recurrent.reads(layer_idx, "get_recurrent_state", state_idx)
-        return super().get_recurrent_state(layer_idx, state_idx)
-
-    def update_conv_state(
-        self, conv_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Any:
-        """New columns for the convolution of a recurrent layer."""
-        self.session.recurrent.reads(layer_idx, "update_conv_state", state_idx)
-        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Any:
-        """The new state of a recurrent layer."""
-        self.session.recurrent.reads(layer_idx, "update_recurrent_state", state_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     @property
     def is_initialized(self) -> bool:

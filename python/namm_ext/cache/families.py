@@ -8,16 +8,19 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .recurrent import is_recurrent
+from .recurrent import has_memory, recurrent_part
 
 # Layers without attention, which store nothing; only newer versions of transformers have them.
 _Dummy: Any = getattr(cache_utils, "DummyLayer", None)
 # What configurations call full attention.
 _FULL = ("full_attention", "attention")
+# Models with a state and attention in one layer, in this order.
+_STATE_FIRST = ("falcon_h1",)
 # Models whose layers do what neither their cache nor their configuration tells.
 _PARTICULAR = {
     "diffllama": "it uses the keys of a layer twice",
     "doge": "it makes masks of its own from the values",
+    "jetmoe": "it changes keys between cache and attention",
     "minimax": "it needs a cache class of its own",
 }
 
@@ -37,8 +40,8 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def stock_layers(config: PreTrainedConfig) -> list[Any]:
-    """The layers of transformers' own cache for a decoder; a memory goes where it has a
-    ``DynamicLayer``.
+    """The layers of transformers' own cache for a decoder; a memory goes where one keeps all keys
+    and values.
 
     Raises:
         ValueError: for a kind of layer or attention that a memory cannot serve; names it.
@@ -68,13 +71,15 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         known = type(layer) is not DynamicLayer or kind in (None, *_FULL)
         served = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, _Dummy)
         # Before 5.24 what has no attention had a state that nobody wrote.
-        recurrent = is_recurrent(layer) and kind not in ("moe", "mlp")
+        recurrent = recurrent_part(layer) is not None and kind not in ("moe", "mlp")
+        if has_memory(layer):  # the state must be read before the attention
+            recurrent = recurrent and name in _STATE_FIRST
         if not known or not (served or recurrent):
             raise ValueError(
                 "NAMMCache: layers must have full, sliding or linear attention or a recurrent "
                 f"state, layer {i} of {name!r} has {kind or type(layer).__name__!r}"
             )
-    if not any(type(layer) is DynamicLayer for layer in layers):
+    if not any(map(has_memory, layers)):
         raise ValueError(
             f"NAMMCache: at least one layer must have full attention, in {name!r} none has"
         )
@@ -113,7 +118,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
     layers = stock_layers(config)
     found = {getattr(module, "layer_idx", None) for module in model.modules()}
-    missing = [i for i, x in enumerate(layers) if type(x) is DynamicLayer and i not in found]
+    missing = [i for i, x in enumerate(layers) if has_memory(x) and i not in found]
     if missing:
         raise ValueError(
             f"apply: the configuration of {name} tells of {len(layers)} layers, of which the model "

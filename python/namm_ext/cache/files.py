@@ -178,11 +178,12 @@ def _fill(
         own = {name.removeprefix(prefix): tensors[name] for name in names}
         if isinstance(layer, DynamicSlidingWindowLayer):
             lengths.add(_fill_sliding(layer, own, device) if own else 0)
-        elif i in session.recurrent.layers:
-            if own:
-                own = {name: tensor.to(device) for name, tensor in own.items()}
-                batches.add(session.recurrent.fill(i, own))
-        elif own and isinstance(layer, NAMMLayer):
+            continue
+        if i in session.recurrent.layers:
+            states = {name: own.pop(name).to(device) for name in list(own) if "_states." in name}
+            if states:
+                batches.add(session.recurrent.fill(i, states))
+        if own and isinstance(layer, NAMMLayer):
             layer.kv = from_tensors(
                 own,
                 session.policy_on(device),
@@ -198,7 +199,7 @@ def _fill(
         elif isinstance(layer, NAMMLayer):
             lengths.add(0)
         else:
-            left.update(names)
+            left.update(f"{prefix}{name}" for name in own)
     if left:
         raise ValueError(f"unknown tensors {sorted(left)[:3]}")
     if len(lengths) != 1:

@@ -8,33 +8,53 @@ it cannot be undone; the cache knows of it and says so until ``reset``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 # Only newer versions of transformers have them.
 _LINEAR: Any = getattr(cache_utils, "LinearAttentionLayer", None)
+_BOTH: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 
 
-def is_recurrent(layer: Any) -> bool:
-    """Whether a layer of transformers keeps a state and nothing else."""
-    return _LINEAR is not None and type(layer) is _LINEAR
+def has_memory(layer: Any) -> bool:
+    """Whether a layer of transformers keeps keys and values of everything."""
+    return type(layer) in (DynamicLayer, _BOTH)
+
+
+def recurrent_part(layer: Any) -> Any:
+    """Of a layer of transformers what keeps a state and nothing else, or None."""
+    if _LINEAR is None or type(layer) not in (_LINEAR, _BOTH):
+        return None
+    return layer if type(layer) is _LINEAR else _LINEAR(number_of_states=layer.number_of_states)
+
+
+def _untraced(function: MethodT) -> MethodT:
+    """Counting calls is nothing for a graph, which would replay it: torch.compile leaves it out."""
+    disabled: MethodT = torch.compiler.disable(function)
+    return disabled
 
 
 class Recurrent:
     """The recurrent layers of a cache, and how many calls each of them has read.
 
     Args:
-        layers: by their index.
+        layers: by their index. Where attention is in the same layer, it comes behind.
         first, last: index of the first and the last layer with a memory.
     """
 
     def __init__(self, layers: dict[int, Any], first: int, last: int) -> None:
         self.layers, self.first, self.last = layers, first, last
+        # As transformers reads and writes them, whatever else is in their place.
+        every = range(max(layers, default=-1) + 1)
+        self.cache = Cache(layers=[layers.get(i) or DynamicLayer() for i in every])
         self.clear()
 
     def clear(self) -> None:
@@ -50,6 +70,7 @@ class Recurrent:
         layer = self.layers[layer_idx]
         layer.__init__(number_of_states=layer.number_of_states)
 
+    @_untraced
     def call_begins(self) -> None:
         """Masks are being made, or a state is asked for again: what is read from here on is
         another call. Layers that read one which no memory has taken go back where they can."""
@@ -65,8 +86,9 @@ class Recurrent:
                 continue
             self._calls[i] = self.done
 
-    def reads(self, layer_idx: int, what: str, state_idx: int) -> Any:
-        """A layer, which is about to change its state.
+    @_untraced
+    def reads(self, layer_idx: int, what: str, state_idx: int) -> None:
+        """A layer is about to change its state.
 
         Args:
             layer_idx: its index.
@@ -82,16 +104,16 @@ class Recurrent:
         known = any(layer_idx == i for i, _, _ in self._read)
         self._read.add((layer_idx, what, state_idx))
         if known:
-            return layer
+            return
         # The memories before it have taken the call already.
         if self._calls[layer_idx] != self.done - (layer_idx > self.last):
             refuse(layer_idx)
         _leave_inference_mode(layer)
-        if layer_idx < self.first:
+        if layer_idx <= self.first:
             self._before[layer_idx] = _states(layer)
         self._calls[layer_idx] += 1
-        return layer
 
+    @_untraced
     def asks(self, layer_idx: int) -> None:
         """A layer asks whether it has a state; some then change it directly (before 5.24)."""
         if not any(layer_idx == i for i, _, _ in self._read):
@@ -104,7 +126,7 @@ class Recurrent:
             ValueError: if it is otherwise.
         """
         for i, calls in self._calls.items():
-            if calls != self.done + (i < self.first):
+            if calls != self.done + (i <= self.first):
                 refuse(i)
 
     def commit(self) -> None:
@@ -215,6 +237,48 @@ class Recurrent:
             raise ValueError(f"the states of layer {layer_idx} must have the same batch")
         self._calls[layer_idx] = self.done = 1
         return sizes.pop()
+
+
+class RecurrentCache(Cache):
+    """What recurrent layers ask of their cache; whatever it is, they are about to change."""
+
+    session: Any
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a recurrent layer has read anything, by default the last one."""
+        recurrent = self.session.recurrent
+        if layer_idx in recurrent.layers:
+            recurrent.asks(layer_idx)
+        result: bool = recurrent.cache.has_previous_state(layer_idx, *args, **kwargs)
+        return result
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """What the convolution of a recurrent layer has seen last."""
+        self.session.recurrent.reads(layer_idx, "get_conv_state", state_idx)
+        return self.session.recurrent.cache.get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """The state of a recurrent layer."""
+        self.session.recurrent.reads(layer_idx, "get_recurrent_state", state_idx)
+        return self.session.recurrent.cache.get_recurrent_state(layer_idx, state_idx)
+
+    def update_conv_state(
+        self, conv_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Any:
+        """New columns for the convolution of a recurrent layer."""
+        recurrent = self.session.recurrent
+        recurrent.reads(layer_idx, "update_conv_state", state_idx)
+        return recurrent.cache.update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Any:
+        """The new state of a recurrent layer."""
+        recurrent = self.session.recurrent
+        recurrent.reads(layer_idx, "update_recurrent_state", state_idx)
+        return recurrent.cache.update_recurrent_state(
+            recurrent_states, layer_idx, state_idx, **kwargs
+        )
 
 
 def _last(layer: Any, number: int, removed: int = 0) -> Tensor:
