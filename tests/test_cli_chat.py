@@ -118,6 +118,8 @@ def test_hub_ids_go_to_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / "owner/name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert not zoo.is_hub_id("owner/name")
+    with pytest.raises(FileNotFoundError, match=r"owner/other\.gguf"):
+        zoo.load_model("owner/other.gguf")
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

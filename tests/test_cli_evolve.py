@@ -159,6 +159,10 @@ def test_a_run_of_another_memory_is_not_resumed(
             ["--policy", "a", "--division", "--text", "b"],
             "--division needs neither --text nor --jsonl",
         ),
+        (
+            ["--text-weight", "3"],
+            "--text-weight needs --policy and a model that chats, and no data of your own",
+        ),
         (["--policy", "a", "--n-up", "8"], "--n-up is for a fresh memory, --policy has its own"),
         (
             ["--policy", "bundled:stdlib-1m", "--division"],

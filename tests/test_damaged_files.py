@@ -86,19 +86,26 @@ def swap_blocks(data, draw):
 DAMAGES = [flip_bit, set_byte, set_header_byte, zero_block, cut_off, swap_blocks]
 
 
+def damaged(good, count):
+    """``count`` times some bytes with damage that changes them."""
+    draw = random.Random(0)
+    for i in range(count):
+        data = bytearray(good)
+        DAMAGES[i % len(DAMAGES)](data, draw)
+        if bytes(data) != good:
+            yield data
+
+
 @pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["plain", "padded", "hybrid"])
 def test_damaged_caches(kind, count, tmp_path):
     saved = Saved(kind, tmp_path / "memory.safetensors")
     good = saved.path.read_bytes()
     assert not saved.is_refused_or_equal()
-    draw, refused = random.Random(0), 0
-    for i in range(count):
-        data = bytearray(good)
-        DAMAGES[i % len(DAMAGES)](data, draw)
-        if bytes(data) != good:
-            saved.path.write_bytes(data)
-            refused += saved.is_refused_or_equal()
+    refused = 0
+    for data in damaged(good, count):
+        saved.path.write_bytes(data)
+        refused += saved.is_refused_or_equal()
     assert refused > 0.9 * count
 
 
@@ -107,13 +114,8 @@ def test_damaged_caches(kind, count, tmp_path):
 def test_damaged_policies(name, count, tmp_path):
     policy = evicting_policy(budget=10, seed=3)
     policy.save_pretrained(tmp_path)
-    path, draw, refused = tmp_path / name, random.Random(0), 0
-    good = path.read_bytes()
-    for i in range(count):
-        data = bytearray(good)
-        DAMAGES[i % len(DAMAGES)](data, draw)
-        if bytes(data) == good:
-            continue
+    path, refused = tmp_path / name, 0
+    for data in damaged(path.read_bytes(), count):
         path.write_bytes(data)
         try:
             loaded = NAMM.from_pretrained(tmp_path)
@@ -131,14 +133,10 @@ def test_damaged_policies(name, count, tmp_path):
 @pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["mean", "best"])
 def test_damaged_checkpoints_of_the_original(which, count, tmp_path):
-    path, draw, refused = checkpoint(tmp_path / "ckpt.pt", n=25), random.Random(0), 0
-    good, config = path.read_bytes(), NAMMConfig(scorer="mlp")
+    path, refused = checkpoint(tmp_path / "ckpt.pt", n=25), 0
+    config = NAMMConfig(scorer="mlp")
     whole = NAMM.load_original_checkpoint(path, which, config)
-    for i in range(count):
-        data = bytearray(good)
-        DAMAGES[i % len(DAMAGES)](data, draw)
-        if bytes(data) == good:
-            continue
+    for data in damaged(path.read_bytes(), count):
         path.write_bytes(data)
         try:
             loaded = NAMM.load_original_checkpoint(path, which, config)
@@ -186,13 +184,9 @@ class Resumed:
 @pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [STATE_FILE, CONFIG_FILE, "gate.npz"])
 def test_damaged_states_of_runs(name, count, tmp_path):
-    resumed, draw, refused = Resumed(name, tmp_path), random.Random(0), 0
-    good, whole = resumed.path.read_bytes(), resumed.read()
-    for i in range(count):
-        data = bytearray(good)
-        DAMAGES[i % len(DAMAGES)](data, draw)
-        if bytes(data) == good:
-            continue
+    resumed, refused = Resumed(name, tmp_path), 0
+    whole = resumed.read()
+    for data in damaged(resumed.path.read_bytes(), count):
         resumed.path.write_bytes(data)
         try:
             np.testing.assert_equal(resumed.read(), whole)

@@ -64,6 +64,20 @@ def test_records_are_fixed_and_held_out(records: measure.RecordWorkload) -> None
     assert window.num_bytes == len(source.encode())
 
 
+@pytest.mark.parametrize(("length", "num_records"), [(256, 2), (512, 6), (1024, 8)])
+def test_short_contexts_have_fewer_records(length: int, num_records: int) -> None:
+    made = measure.RecordWorkload.make(
+        zoo.load_tokenizer(), "test", length=length, examples_per_task=1, num_windows=0
+    )
+    counts = {len(e.answer_spans) for examples in made.examples.values() for e in examples}
+    assert max(counts) == num_records
+
+
+def test_no_record_fits() -> None:
+    with pytest.raises(tasks.TooShort, match="length must be at least"):
+        measure.RecordWorkload.make(zoo.load_tokenizer(), "test", length=32, num_windows=0)
+
+
 def test_readings_have_the_questions_that_were_asked_for() -> None:
     make = measure.ReadingWorkload.make
     sizes = {"length": 512, "names": ("paraphrase", "single"), "questions": 7, "num_windows": 1}
@@ -287,7 +301,7 @@ def test_the_legend_says_what_was_asked_and_what_columns_mean() -> None:
     mix = tables.legend(64, tasks.RecordMix(8, mentions=2, idle_per_1024=16)).plain
     assert "The question comes when" in readings
     assert "has read the question" in asked
-    assert "8 records per context, each stated 2 times, among 16 per 1,024" in mix
+    assert "8 records per context where they fit, each stated 2 times, among 16 per 1,024" in mix
     for text in (readings, asked, mix):
         assert "±: half of a 95 % bootstrap interval" in text
         assert "one update every 64 tokens" in text

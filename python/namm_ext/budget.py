@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 SCOPES = ("per_head", "per_layer", "global")
 SELECTIONS = ("ragged", "original")
@@ -16,7 +16,7 @@ _UNITS = {"": 1, **{p: 1000**i for i, p in enumerate("kmgt", 1)}}
 _UNITS |= {f"{p}i": 1024**i for i, p in enumerate("kmgt", 1)}
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether ``value`` is an int; a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -145,7 +145,7 @@ class Budget:
 
     def _check_ranges(self) -> None:
         size, recent, shares = self.size, self.recent_tokens, self.layer_shares
-        tokens = isinstance(size, int) and is_int(size) and size >= 1
+        tokens = is_int(size) and size >= 1
         share = isinstance(size, float) and 0.0 < size <= 1.0
         if not (size is None or tokens or share or _is_bytes(size)):
             _fail(

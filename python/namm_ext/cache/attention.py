@@ -56,7 +56,7 @@ def namm_mask(
         **kwargs,
     }
     if q_length == kv_length and q_offset == kv_offset:
-        plain = mask_function is causal_mask_function and allow_is_causal_skip
+        plain = q_length == 1 or (mask_function is causal_mask_function and allow_is_causal_skip)
         if not plain and not allow_is_causal_skip and not torch.compiler.is_compiling():
             # An overlay for images says nothing more where there are none.
             whole = sdpa_mask(**sizes, attention_mask=None, allow_is_causal_skip=False)

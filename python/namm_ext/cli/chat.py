@@ -16,6 +16,7 @@ from .shared import (
     Device,
     DType,
     Keep,
+    ModelArgument,
     Policy,
     Threads,
     load_model,
@@ -28,13 +29,7 @@ _HELP = "/reset forgets all, /off and /on stop and start forgetting, /report, /e
 
 
 def chat(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="The language model is one of the zoo, a folder of transformers, a GGUF file or "
-            "an id of the hub."
-        ),
-    ] = "smollm2-135m",
+    model: ModelArgument = "smollm2-135m",
     policy: Policy = None,
     keep: Keep = 0.25,
     new_tokens: Annotated[

@@ -84,12 +84,13 @@ def evolve(
         ),
     ] = False,
     text_weight: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Where questions are asked, the log-likelihood per token of what is read counts "
-            "so much beside that of an answer."
+            "so much beside that of an answer.",
+            show_default="10",
         ),
-    ] = 10.0,
+    ] = None,
     examples: Annotated[int, typer.Option(help="A generation reads so many contexts.", min=1)] = 8,
     model: Model = None,
     dtype: DType = "float32",
@@ -150,8 +151,13 @@ def evolve(
         if division and not chats:
             raise ValueError(f"--division needs a model that chats, {model_name} does not")
         asks = policy is not None and chats and text is None and jsonl is None
+        if not asks and text_weight is not None:
+            raise ValueError(
+                "--text-weight needs --policy and a model that chats, and no data of your own"
+            )
         if asks:
-            problem = _questions(tokenizer, tuple(length or (1024,)), examples, text_weight)
+            weight = 10.0 if text_weight is None else text_weight
+            problem = _questions(tokenizer, tuple(length or (1024,)), examples, weight)
         else:
             lengths = tuple(length or (256, 512, 1024))
             problem = _problem(tokenizer, text, jsonl, lengths, chat_template, in_use, examples)

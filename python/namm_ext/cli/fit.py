@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .shared import (
     Device,
     DType,
+    ModelArgument,
     Policy,
     Threads,
     load_model,
@@ -32,12 +33,6 @@ STATE_FILE = "gate.npz"
 #: Subfolder of the memory without its scorer.
 GATE_ALONE = "gate-alone"
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="The language model is one of the zoo, a folder of transformers or a GGUF file."
-    ),
-]
 Folder = Annotated[Path, typer.Argument(help="The memory is saved in this folder.")]
 Own = Annotated[
     Path | None,

@@ -13,14 +13,12 @@ from rich.console import Console
 if TYPE_CHECKING:
     from ..policy import NAMM
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="The language model is one of the zoo, a folder of transformers, a GGUF file or an id "
-        "of the hub.",
-        show_default="the bundled one",
-    ),
-]
+_MODELS = (
+    "The language model is one of the zoo, a folder of transformers, a GGUF file or an id of the "
+    "hub."
+)
+Model = Annotated[str | None, typer.Option(help=_MODELS, show_default="the bundled one")]
+ModelArgument = Annotated[str, typer.Argument(help=_MODELS)]
 Policy = Annotated[
     str | None,
     typer.Option(

@@ -129,21 +129,25 @@ class ReadingProblem(SizedProblem):
                 f"{len(members)}"
             )
         readings = [context.reading for context in batch]  # type: ignore[attr-defined]
-        columns: list[Tensor] = []
+        scored = self.text_weight != 0
+        found: list[dict[str, np.ndarray]] = []
         for member in members:
-            answers = answer_readings(model, member, readings, score_contexts=self.text_weight != 0)
+            answers = answer_readings(model, member, readings, score_contexts=scored)
             rows = [answers.reading == i for i in range(len(readings))]
-            text = np.zeros(len(rows)) if not self.text_weight else answers.context_loglik
-            assert text is not None
-            means = [
-                [answers.correct[r].mean(), answers.loglik[r].mean(), text[i], answers.kept[i]]
-                for i, r in enumerate(rows)
-            ]
-            columns.append(torch.tensor(np.array(means, np.float64).T))
-        exact, loglik, text_ll, kept = torch.stack(columns, 1)
-        metrics, weights = {"exact_match": exact, "answer_ll": loglik}, {"answer_ll": 1.0}
-        if self.text_weight:
-            metrics["text_ll"], weights["text_ll"] = text_ll, self.text_weight
+            values = {
+                "exact_match": np.array([answers.correct[r].mean() for r in rows]),
+                "answer_ll": np.array([answers.loglik[r].mean() for r in rows]),
+                "kept": np.asarray(answers.kept),
+            }
+            if answers.context_loglik is not None:
+                values["text_ll"] = answers.context_loglik
+            found.append(values)
+        metrics = {
+            name: torch.tensor(np.stack([values[name] for values in found]), dtype=torch.float64)
+            for name in found[0]
+        }
+        kept = metrics.pop("kept")
+        weights = {"answer_ll": 1.0, **({"text_ll": self.text_weight} if scored else {})}
         return Evaluation(metrics, kept, weights)
 
     def settings(self) -> dict[str, Any]:

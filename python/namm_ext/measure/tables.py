@@ -217,7 +217,7 @@ def legend(n_up: int, mix: RecordMix | None, question_visible: bool = False) -> 
         text.append("variable, unseen", style="yellow")
         text.append(": nothing was fitted or evolved on them. ")
     else:
-        text.append(f"Asked at the end: {mix.num_records} records per context, ")
+        text.append(f"Asked at the end: {mix.num_records} records per context where they fit, ")
         text.append("stated once" if mix.mentions == 1 else f"each stated {mix.mentions} times")
         if mix.idle_per_1024:
             text.append(f", among {mix.idle_per_1024} per 1,024 tokens that nobody refers to again")

@@ -201,8 +201,8 @@ class RecordWorkload:
                     batch_size=examples_per_task * len(names),
                 )  # fmt: skip
                 break
-            except ValueError as error:
-                if mix.num_records == 1 or "length must be at least" not in str(error):
+            except tasks.TooShort:
+                if mix.num_records == 1:
                     raise
                 mix = replace(mix, num_records=mix.num_records - 1)
         by_family = {name: [e for e in examples if e.family == name] for name in names}

@@ -29,6 +29,11 @@ VALIDATION_SEED = 22
 TEST_SEED = 33
 """The seeds of the three splits; use each with the documents of its own split."""
 
+
+class TooShort(ValueError):
+    """A context does not have the room for its records and their questions."""
+
+
 Span = tuple[int, int]
 Seed = int | tuple[int, ...]
 
@@ -120,7 +125,7 @@ def make_example(
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     needed = len(ids) + sum(line.size for line in (*records, *queries))
     if needed > length:
-        raise ValueError(
+        raise TooShort(
             f"length must be at least {needed} for {len(records)} lines with {family!r} records "
             f"and {len(queries)} queries, got {length}"
         )

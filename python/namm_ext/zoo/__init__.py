@@ -70,7 +70,8 @@ def is_hub_id(name: str) -> bool:
         >>> is_hub_id("HuggingFaceTB/SmolLM2-360M-Instruct"), is_hub_id("runs/a/b")
         (True, False)
     """
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(".gguf")
+    return named and not Path(name).exists()
 
 
 def _source(name: str) -> Path | str:
