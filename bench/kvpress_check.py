@@ -84,7 +84,8 @@ def answers(model: Any, press: Any, reading: dict[str, Any]) -> list[bool]:
 
     cache = DynamicCache()
     with contextlib.nullcontext() if press is None else press(model):
-        model.model(torch.tensor([reading["context"]]), past_key_values=cache, use_cache=True)
+        ids = torch.tensor([reading["context"]])
+        model.model(input_ids=ids, past_key_values=cache, use_cache=True)
     right, seen, before = [], len(reading["context"]), []
     for ids, answer in reading["questions"]:
         given = [*before, *ids, *answer[:-1]]
