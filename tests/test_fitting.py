@@ -2,9 +2,13 @@
 
 import contextlib
 import itertools
+import json
 import math
 import os
+from pathlib import Path
 
+import namm_ext
+import namm_ext.fitting.attention as attention_fit
 import namm_ext.fitting.gate as gate_fit
 import pytest
 import torch
@@ -293,8 +297,9 @@ def test_saved_gates_come_back(tmp_path):
     back = NAMM.from_pretrained(tmp_path)
     assert back.fingerprint() == policy.fingerprint() != policy.with_gate(None).fingerprint()
     assert back.gate.rotary_dim == 8
-    with pytest.raises(ValueError, match="weight must be"):
-        Gate(torch.zeros(2), torch.zeros(2, 2), 8)
+    for wrong, got in ((torch.zeros(2), r"\[2\]"), ([0.0], "list")):
+        with pytest.raises(ValueError, match=f"weight must be .*, got {got}"):
+            Gate(wrong, torch.zeros(2, 2), 8)
     with pytest.raises(ValueError, match="finite"):
         Gate(torch.full((1, 1, 4), math.nan), torch.zeros(1, 1), 2)
     with pytest.raises(ValueError, match="rotary_dim must be even"):
@@ -405,3 +410,30 @@ def test_texts_of_a_folder(bundled, tmp_path):
     assert folder_texts(tokenizer, tmp_path, length=64, count=3, seed=1) != texts
     with pytest.raises(ValueError, match="tokens of text"):
         folder_texts(tokenizer, tmp_path, length=10**6, count=1)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-attention", "smollm2-135m"])
+def test_the_bundled_fits_are_what_a_fit_does_by_default(name):
+    folder = Path(namm_ext.__file__).parent / "zoo/policies" / name
+    config = json.loads((folder / "fit.json").read_text())["config"]
+    want = json.loads(json.dumps(FitConfig().to_dict()))
+    assert config | {"namm": None, "budget": None} == want | {"namm": None, "budget": None}
+    assert Budget(**config["budget"]) == FitConfig().budget
+
+
+def test_offsets_start_where_the_target_is():
+    """What a scorer of zeros leaves then is how the target varies within a head."""
+    g = torch.Generator().manual_seed(0)
+    heads = [
+        attention_fit._Head(
+            h % 2, torch.rand(20, 17, generator=g), torch.arange(20.0),
+            3.0 * (h % 2) - 5 + torch.randn(20, generator=g),
+        )
+        for h in range(4)
+    ]  # fmt: skip
+    policy = NAMM(NAMMConfig(n_up=16))
+    offsets = attention_fit._mean_rest(heads, 2)
+    loss = attention_fit._loss(policy, heads, torch.zeros(policy.config.num_params), offsets)
+    rests = [torch.cat([x.rest for x in heads if x.head == h]) for h in range(2)]
+    want = torch.stack([(rest - rest.mean()).square().mean() for rest in rests]).mean()
+    torch.testing.assert_close(loss, want)

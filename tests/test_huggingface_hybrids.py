@@ -293,3 +293,28 @@ def test_apply_takes_them():
         model.generate(tokens(1, 40), max_new_tokens=4)
         assert memory.report().tokens_kept < memory.report().tokens_seen
         remove(model)
+
+
+def test_asking_for_a_state_is_reading():
+    """Some versions of a layer ask whether there is one and then change it where it lies."""
+    model, ids = build_hybrid("lfm2"), tokens(1, 40)
+    cache = NAMMCache(model, StreamingLLM(8, 16))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    layer_idx = max(cache.session.recurrent.layers)
+    assert cache.has_previous_state(layer_idx)
+    with pytest.raises(ValueError, match=rf"failed, and layer {layer_idx} cannot go back"):
+        cache.batch_select_indices(torch.tensor([0]))
+
+
+@torch.no_grad()
+def test_a_layer_between_memories_reads_a_call_once():
+    """What it has read twice cannot be undone: the memories before it have taken the call."""
+    model, ids = build_hybrid("lfm2"), tokens(1, 40)
+    cache = NAMMCache(model, StreamingLLM(8, 16))
+    model(ids, past_key_values=cache)
+    recurrent = cache.session.recurrent
+    layer_idx = next(i for i in recurrent.layers if recurrent.first < i < recurrent.last)
+    cache.get_conv_state(layer_idx)
+    with pytest.raises(ValueError, match=rf"failed, and layer {layer_idx} cannot go back"):
+        cache.get_conv_state(layer_idx)

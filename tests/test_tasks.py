@@ -183,6 +183,16 @@ def test_exact_match_needs_every_answer_token(tokenizer):
     assert torch.equal(scores.text_logprob, perfect.text_logprob)
 
 
+def test_log_likelihood_is_that_of_the_answers_tokens(tokenizer):
+    example = make("assign", tokenizer, num_records=2)
+    size = len(example.input_ids) - 1
+    logprob = -torch.arange(size, dtype=torch.float64)[None]
+    scores = tasks.TokenScores(logprob, torch.ones(1, size, dtype=torch.bool))
+    found = tasks.score_examples(scores, [example])
+    want = [-(start + stop - 3) / 2 for start, stop in example.answer_spans]
+    assert found.answer_logprob.flatten().tolist() == want
+
+
 def test_random_values_are_not_text(tokenizer):
     examples = [make("prose", tokenizer)]
     logits, targets = perfect_logits(examples, len(tokenizer))
