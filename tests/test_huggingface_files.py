@@ -97,6 +97,20 @@ def test_hybrid(tmp_path):
 
 
 @torch.no_grad()
+def test_a_loaded_cache_does_not_hang_on_its_file(tmp_path):
+    """The file is mapped while it is read; what it becomes later is nothing to the cache."""
+    model, path = build(gemma3_config()), tmp_path / "memory.safetensors"
+    ids, cache = tokens(1, 75), NAMMCache(model, StreamingLLM(8, 16))
+    model(ids[:, :45], past_key_values=cache)
+    cache.save(path)
+    loaded = NAMMCache.load(path, model, StreamingLLM(8, 16))
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    want, got = (model(ids[:, 45:], past_key_values=c).logits for c in (cache, loaded))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
 def test_empty_cache(model, policy, tmp_path):
     NAMMCache(model, policy).save(tmp_path / "memory.safetensors")
     assert NAMMCache.load(tmp_path / "memory.safetensors", model, policy).get_seq_length() == 0

@@ -13,7 +13,7 @@ from namm_ext import zoo
 from namm_ext.library import HELD_OUT_SOURCE, Library, load_library
 from namm_ext.tasks import suite
 from namm_ext.tasks.readings import Ask, Chat
-from namm_ext.tasks.suite import words
+from namm_ext.tasks.suite import filler, words
 
 pytest.importorskip("transformers")
 
@@ -197,6 +197,13 @@ def test_the_same_readings_on_every_machine(chatty, task):
             (r.context_ids, [(q.ids, q.answer_ids) for q in r.questions], r.spans) for r in readings
         ]
     assert hashlib.sha256(repr(made).encode()).hexdigest()[:12] == DIGESTS[task]
+
+
+@pytest.mark.parametrize(("signs", "running"), [(13, True), (14, False), (15, False)])
+def test_running_text_is_mostly_letters(signs, running):
+    text = "A" + "(" * signs + "b" * (198 - signs) + "."
+    assert len(text) == 200
+    assert filler._is_running_text(text) == running
 
 
 def test_too_short_a_context_is_an_error(plain):
