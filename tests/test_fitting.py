@@ -297,6 +297,7 @@ def test_saved_gates_come_back(tmp_path):
     back = NAMM.from_pretrained(tmp_path)
     assert back.fingerprint() == policy.fingerprint() != policy.with_gate(None).fingerprint()
     assert back.gate.rotary_dim == 8
+    assert not Gate(torch.zeros(1, 1, 4), torch.zeros(1, 1), 2).interleaved  # as Llama rotates
     for wrong, got in ((torch.zeros(2), r"\[2\]"), ([0.0], "list")):
         with pytest.raises(ValueError, match=f"weight must be .*, got {got}"):
             Gate(wrong, torch.zeros(2, 2), 8)
