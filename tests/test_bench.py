@@ -117,7 +117,7 @@ def test_cuda_benchmark(bench, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "c.json").read_text())
     assert {row["op"] for row in report["rows"]} == {
         "spectrogram", "received", "bam_scores", "mlp_scores", "select", "compact",
-        "gate_", "attend decode", "attend prefill", "append_", "whole step x 32",
+        "gate_", "attend decode", "attend prefill", "append_", "record_", "whole step x 32",
     }  # fmt: skip
     assert {"date", "gpu", "commit", "torch", "cuda", "copy_tb_per_s"} <= report.keys()
     rivals = {row["op"]: set(row["rivals_ms"]) for row in report["rows"]}

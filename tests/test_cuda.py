@@ -21,6 +21,7 @@ from cuda_calls import (
     compact_call,
     gate_call,
     law,
+    record_call,
     score_call,
     select_call,
     to_device,
@@ -98,7 +99,8 @@ def test_select_decides_like_the_cpu(rule, ties):
     ("head_dim", "dtype"), [(128, BF16), (80, FP16), (72, FP32), (5, BF16), (6, FP16)]
 )
 def test_compact_and_append_copy_like_the_cpu(head_dim, dtype):
-    for call in (compact_call(head_dim, dtype), append_call(head_dim, dtype)):
+    for make in (compact_call, append_call, record_call):
+        call = make(head_dim, dtype)
         for ours, theirs in zip(call.run("cuda"), call.run("cpu"), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -145,6 +147,7 @@ def test_scores_choose_like_the_cpu(name):
 
 CALLS: dict[str, Callable[[], Call]] = {
     "append": lambda: append_call(128, BF16),
+    "record": lambda: record_call(128, BF16),
     "attend_decode": lambda: attend_call(128, 4, BF16, (1, 1)),
     "attend_prefill": lambda: attend_call(128, 4, BF16, (64, 40)),
     "attend_simt": lambda: attend_call(72, 2, FP32, (20, 1)),
