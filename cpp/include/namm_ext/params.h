@@ -92,8 +92,8 @@ struct AttendParams {
 };
 
 // record_: new queries and their log-sum-exps go to the rows of the window that their positions
-// say: column first[b] + i of row b, at position p = pos_first[b] + i, goes to row kCarry + p %
-// n_up with n_up = W - kCarry. The columns of a call never pass the end of a period.
+// say. With n_up = W - kCarry, column first[b] + i of row b, which stands at position
+// p = pos_first[b] + i, goes to row kCarry + p % n_up. No row passes the end of its period.
 struct RecordParams {
   const void* q;             // [B, H * G, L, D] dtype
   const float* lse;          // [B, H * G, L] natural log

@@ -58,9 +58,12 @@ def namm_mask(
     if q_length == kv_length and q_offset == kv_offset:
         plain = mask_function is causal_mask_function and allow_is_causal_skip
         if not plain and not allow_is_causal_skip and not torch.compiler.is_compiling():
-            # An overlay for images says nothing more where there are none.
-            whole = sdpa_mask(**sizes, attention_mask=None, allow_is_causal_skip=False)
-            plain = whole is not None and torch.equal(whole, whole.new_ones(whole.shape).tril())
+            # An overlay for images says nothing more where there are none, and nothing ever of a
+            # single token, which sees itself: no look at the device while decoding.
+            plain = q_length == 1
+            if not plain:
+                whole = sdpa_mask(**sizes, attention_mask=None, allow_is_causal_skip=False)
+                plain = whole is not None and torch.equal(whole, whole.new_ones(whole.shape).tril())
         if plain:
             return attention_mask
     return sdpa_mask(

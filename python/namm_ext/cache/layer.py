@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ..ragged import RaggedKV
+from ..transfer import waits
 from . import compiled
 from .recurrent import refuse
 from .session import Session
@@ -194,7 +195,10 @@ class NAMMLayer(CacheLayerMixin):
         pieces = session.planner(kv.seen, width, session.runs, q.device)
         kv.mark()
         self.padded = session.target
-        out = kv.forward(q, k, v, pieces, sink_logits)
+        together = waits(q.device)
+        out = kv.forward(q, k, v, pieces, sink_logits, leave_last=together)
+        if together:
+            session.stores.append(kv)
         if self.layer_idx == session.first:
             session.started()
         if self.layer_idx == session.last:
