@@ -205,6 +205,17 @@ class NAMMLayer(CacheLayerMixin):
             session.commit()
         return out
 
+    def advance(self, seen: tuple[int, ...]) -> None:
+        """A token came in for every row, and the device knows already.
+
+        Args:
+            seen: ``[B]`` tokens of each row with it.
+        """
+        assert self.kv is not None
+        self.kv.mark()
+        self.kv.seen = seen
+        self.padded += 1
+
     def _make_store(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> RaggedKV:
         index = self.session.param_index
         if index is not None and index.numel() != q.shape[0]:

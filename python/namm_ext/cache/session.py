@@ -109,6 +109,11 @@ class Session:
         self.length, self._past, self.ends = self.target, self._mask, None
         self.recurrent.commit()
 
+    def advance(self) -> None:
+        """All layers have taken a column of text, and the device knows already."""
+        self.length += 1
+        self.target = self.length
+
     def started(self) -> None:
         """The first layer with a memory has taken the tokens."""
         self._before.clear()
