@@ -22,7 +22,7 @@
 #   build      namm_ext .../build/gpu-check/python/..., CUDA ops: loaded
 #   shapes     N passed, M deselected; no failure, no skip. head_dim 64 and 128 in bf16, the drop-in
 #   kernels    "copy bandwidth", then 46 lines; each with ms, x floor, x rivals; none FAILED
-#   e2e        8 lines; "131072 tokens batch 8 full" says cannot fit below 200 GB
+#   e2e        10 lines; "131072 tokens batch 8 full" says cannot fit below 200 GB
 #   model      6 lines; float32 ends in "0 unlike the CPU" or 1
 #   ops        N passed, M skipped; skipped are only head_dims beyond 256
 #   memcheck   "ERROR SUMMARY: 0 errors"

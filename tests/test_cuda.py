@@ -346,3 +346,43 @@ def test_drop_in_on_tensor_cores(dtype):
     plain = model(ids, use_cache=False).logits.double()
     ours, theirs = (mine.cpu() - exact).abs().max(), (plain.cpu() - exact).abs().max()
     assert ours <= 2 * theirs, f"{ours:.2e} > 2 * {theirs:.2e}"
+
+
+def _decoding(hf_models):
+    """A model, a cache that has read a prompt, and the tokens that come."""
+    from namm_ext import NAMMCache
+
+    model = hf_models.build(hf_models.FAMILIES["llama"](), FP32).to("cuda")
+    cache = NAMMCache(model, hf_models.evicting_policy(16, budget=24))
+    ids = hf_models.tokens(2, 90).cuda()
+    with torch.no_grad():
+        model(ids[:, :50], past_key_values=cache)
+    return model, cache, ids[:, 50:]
+
+
+@torch.no_grad()
+def test_drop_in_as_a_graph():
+    import namm_ext
+
+    hf_models = pytest.importorskip("hf_models")
+    model, cache, ids = _decoding(hf_models)
+    _, other, _ = _decoding(hf_models)
+    step = namm_ext.graphed(model, cache)
+    for t in range(ids.shape[1]):
+        column = ids[:, t : t + 1]
+        want = model(column, past_key_values=other).logits[:, -1]
+        torch.testing.assert_close(step(column), want)
+    assert cache.report().tokens_kept == other.report().tokens_kept
+
+
+@torch.no_grad()
+def test_drop_in_decodes_without_waiting():
+    model, cache, ids = _decoding(pytest.importorskip("hf_models"))
+    model(ids[:, :1], past_key_values=cache)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for t in range(1, 10):  # no update before token 64
+            model(ids[:, t : t + 1], past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

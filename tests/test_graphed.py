@@ -90,10 +90,8 @@ def test_the_logits_and_the_memory_are_those_of_decoding(name, padding, model):
         assert torch.equal(a.kv.q_window, b.kv.q_window)
     # The cache goes on in any other way.
     more = tokens(2, 9, seed=1)
-    both = [torch.cat([mask, mask.new_ones(2, STEPS + 9)], dim=1) for _ in range(2)]
-    a, b = (
-        model(more, attention_mask=m, cache=c) for m, c in zip(both, (cache, other), strict=True)
-    )
+    mask = torch.cat([mask, mask.new_ones(2, STEPS + 9)], dim=1)
+    a, b = (model(more, attention_mask=mask, cache=each) for each in (cache, other))
     assert torch.equal(a.logits, b.logits)
 
 
