@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class RecordedGraph(TorchDispatchMode):
-    """``capture`` and ``replay`` as of ``namm_ext.cache.graphed.Graph``."""
+    """``capture`` and ``replay`` as of ``namm_ext.cache.graphs.Graph``."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def _window(*names: str) -> list[Callable[[], None]]:
 
 
 MMA = [
-    *_window("bf16-D64-G2", "bf16-D64-G5", "fp16-D64-G1", "bf16-D24-G16"),
+    *_window("bf16-D64-G2", "bf16-D64-G5", "fp16-D64-G1", "bf16-D24-G16", "bf16-D80-G2"),
     partial(window.test_attention_received, "bf16-D64-G2", 21),
     partial(window.test_same_bits_in_every_order_and_batch, "spectrogram", False),
 ]

@@ -10,7 +10,7 @@ every sliding one. Three facts carry the drop-in:
 """
 
 from .cache import NAMMCache
-from .graphed import graphed
+from .graphs import graphed
 from .layer import NAMMLayer
 from .switching import borrow
 from .versions import cache_keyword

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -111,8 +112,8 @@ class Graphed:
         n_up = self.cache.policy.n_up
         if not self._warm or any((n + 1) % n_up == 0 for n in seen):
             self._warm, self._graph = True, None  # an update moves what was captured
-            return self._run(ids, from_host(seen, torch.int32, ids.device))
-        if self._graph is None or not self._is_where_it_was(seen):
+            return self._run(ids, from_host(seen, torch.int32, ids.device), self._mask())
+        if self._graph is None or not self._is_where_it_was():
             graph = self._capture(ids, seen)
         else:
             graph = self._graph
@@ -131,19 +132,20 @@ class Graphed:
             raise ValueError("graphed: the cache must have read a prompt, got an empty one")
         return first.kv.seen
 
-    def _is_where_it_was(self, seen: tuple[int, ...]) -> bool:
+    def _is_where_it_was(self) -> bool:
         """Whether nothing but this has worked on the cache since the last replay."""
         kv = self._layers[0].kv
         assert kv is not None
         same = kv.store.segments.seqused_k is self._seqused_k()  # another one after any undo
-        return same and self._length == self.cache.session.length and kv.seen == seen
+        return same and self._length == self.cache.session.length
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _mask(self) -> Tensor | None:
+        """``[B, tokens with the new one]``, None where there was no padding."""
+        mask = self.cache.session.past_mask
+        return None if mask is None else F.pad(mask, (0, 1), value=True)
+
+    def _run(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """One call of the model."""
-        session = self.cache.session
-        mask = session.past_mask
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
         out = self.model(
             ids, attention_mask=mask, position_ids=positions.long()[:, None], use_cache=True,
             **{self._keyword: self.cache},
@@ -167,10 +169,11 @@ class Graphed:
             seen=tuple(n + 1 for n in seen),
             due=None,
         )
+        mask = self._mask()  # later ones differ in columns of text alone, which nobody reads
         graph = self.make_graph()
 
         def step() -> Tensor:
-            logits = self._run(self._ids, self._positions)
+            logits = self._run(self._ids, self._positions, mask)
             self._positions.add_(1)
             return logits
 
@@ -182,7 +185,7 @@ class Graphed:
     def _planned(self, piece: Piece) -> Iterator[None]:
         """All layers take the one piece, whose positions the device advances."""
         session = self.cache.session
-        planner, session.planner = session.planner, lambda *_: (piece,)  # type: ignore[assignment]
+        planner, session.planner = session.planner, lambda *_: (piece,)
         try:
             yield
         finally:
