@@ -251,3 +251,22 @@ def test_the_mask_of_one_token_is_not_looked_at():
         )  # fmt: skip
     assert not waits
     assert mask.shape == (1, 8)
+
+
+@torch.no_grad()
+def test_padding_in_front_comes_token_by_token(model, device):
+    """Until every row has begun, masks are read at once."""
+    policy = policies(model.config)["bam"]
+    whole, single = NAMMCache(model, policy), NAMMCache(model, policy)
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :5] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    want = model(ids, attention_mask=mask, position_ids=places, cache=whole).logits
+    for t in range(40):
+        step = slice(t, t + 1)
+        got = model(
+            ids[:, step], attention_mask=mask[:, : t + 1], position_ids=places[:, step],
+            cache=single,
+        ).logits  # fmt: skip
+    torch.testing.assert_close(got[:, -1], want[:, -1], atol=1e-4, rtol=1e-4)
+    assert single.memory_layers[0].kv.seen == whole.memory_layers[0].kv.seen == (40, 35)

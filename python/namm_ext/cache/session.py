@@ -25,8 +25,9 @@ class Session:
     ``past_mask`` are what they were, so a call that fails on its way leaves them, and every layer
     that had gone ahead is told by the next call where it must go back to.
 
-    Where reading a tensor makes the host wait for the device, a call of one column goes on without:
-    its tokens are taken as real, and the mask is read with the next update, which waits anyway.
+    Where reading a tensor makes the host wait for the device, a call of one column goes on without
+    as soon as every row has begun: its tokens are taken as real, and the mask is read with the next
+    update, which waits anyway.
 
     Attributes:
         length: columns that all layers have seen.
@@ -217,7 +218,7 @@ class Session:
                 f"namm: attention_mask must be [batch, tokens seen + new tokens] = "
                 f"[{len(seen)}, {self.length + width}], got {list(mask.shape)}"
             )
-        if width == 1 and self.length and waits(mask.device):
+        if width == 1 and all(seen) and waits(mask.device):  # padding in front is behind us
             self._mask, self._unread = self._past, mask
             return
         self._unread = None
