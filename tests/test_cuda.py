@@ -45,6 +45,7 @@ SHAPES = [
     pytest.param(128, 8, FP16, id="D128-G8-fp16"),
     pytest.param(256, 2, BF16, id="D256-G2-bf16"),
     pytest.param(80, 7, BF16, id="D80-G7-bf16"),
+    pytest.param(192, 12, BF16, id="D192-G12-bf16"),
     pytest.param(72, 2, FP32, id="D72-G2-fp32"),
 ]
 
