@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import namm_ext
 import pytest
 import torch
@@ -99,9 +101,13 @@ def test_the_logits_and_the_memory_are_those_of_decoding(name, padding, model):
 def test_one_capture_for_all_tokens_between_two_updates(model, monkeypatch):
     calls = []
     forward = type(model).forward
-    monkeypatch.setattr(
-        type(model), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k)
-    )
+
+    @functools.wraps(forward)
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
     cache, _, ids = prompt(model, POLICIES["namm"]())
     calls.clear()
     recorder = Recorder()
