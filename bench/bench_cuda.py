@@ -314,6 +314,18 @@ def bench_append(timer: Timer, n: int, what: str) -> Row:
     return Row("append_", f"L={columns}", timer(ops.append_, args), timer.bytes_floor(num_bytes))
 
 
+def bench_record(timer: Timer, columns: int) -> Row:
+    int32: dict[str, Any] = {"dtype": torch.int32, "device": timer.device}
+    q, lse, *_ = make_layer([columns] * HEADS, timer.device).window
+    new = torch.randn(1, HEADS * GROUPS, columns, DIM, device=timer.device).to(DTYPE)
+    args = (
+        q, lse, new, torch.zeros(new.shape[:3], device=timer.device), torch.tensor([0], **int32),
+        torch.tensor([columns], **int32), torch.tensor([0], **int32),
+    )  # fmt: skip
+    num_bytes = 2 * HEADS * GROUPS * columns * (DIM * 2 + 4)
+    return Row("record_", f"L={columns}", timer(ops.record_, args), timer.bytes_floor(num_bytes))
+
+
 def bench_step(timer: Timer, n: int) -> Row:
     """A whole memory update of one layer, half of it kept; 32 layers in a row.
 
@@ -375,6 +387,7 @@ BENCHES = {
     "select": Bench(bench_select, (8192, 32768), tuple((name,) for name in SELECTIONS)),
     "gate": Bench(bench_gate, (8192,)),
     "append": Bench(bench_append, (32768,), (("token",), ("chunk",))),
+    "record": Bench(bench_record, (1, N_UP)),
     "mlp": Bench(bench_mlp, (8192, 32768)),
 }
 

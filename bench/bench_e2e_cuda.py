@@ -4,9 +4,10 @@
 decode speed and peak memory for each context, batch and memory. Random weights have the speed of
 trained ones. The full cache is transformers' own (SDPA, ``DynamicCache``), prefilled in chunks of
 4096 tokens; the memory is a ``NAMMCache`` with random parameters and a budget of a quarter of
-the context, updated every 512 tokens. Cases start until S seconds are over; what was not reached
-and what cannot fit is listed, and a case that fails does not stop the others. ``--smoke`` runs a
-tiny model once, also on a machine without a GPU.
+the context, updated every 512 tokens, whose decoding is launched op by op or ("graph") as one CUDA
+graph. Cases start until S seconds are over; what was not reached and what cannot fit is listed, and
+a case that fails does not stop the others. ``--smoke`` runs a tiny model once, also on a machine
+without a GPU.
 
 Peak is what tensors used at most, reserved what torch's allocator took from the device for them.
 Every update makes a new, larger store; set ``PYTORCH_ALLOC_CONF=expandable_segments:True``, or the
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from cuda_report import Report
-from namm_ext import NAMM, NAMMCache, NAMMConfig
+from namm_ext import NAMM, NAMMCache, NAMMConfig, graphed
 
 CHUNK = 4096
 DECODE_TOKENS = 64
@@ -118,6 +119,12 @@ def measure(model: Any, device: str, context: int, batch_size: int, memory: str)
     synchronize(device)
     row.prefill_s = time.perf_counter() - start
 
+    if memory == "graph":
+        step = graphed(model, cache)
+
+        def forward(tokens: torch.Tensor) -> torch.Tensor:
+            return step(tokens).argmax(-1, keepdim=True)
+
     for _ in range(3):
         token = forward(token)
     synchronize(device)
@@ -190,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         [(256, 1), (256, 2)] if args.smoke else [(32768, 1), (32768, 8), (131072, 1), (131072, 8)]
     )
     for context, batch_size in sizes:
-        for memory in ("full", "namm"):
+        # One graph from update to update, where there is a device that has them.
+        graph = ("graph",) if device == "cuda" and context <= 32768 else ()
+        for memory in ("full", "namm", *graph):
             report.run(
                 f"{context} tokens  batch {batch_size}  {memory}",
                 partial(make_case, model, device, context, batch_size, memory, end),

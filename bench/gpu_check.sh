@@ -21,8 +21,8 @@
 #   gpu        the card's name and its sm_ number
 #   build      namm_ext .../build/gpu-check/python/..., CUDA ops: loaded
 #   shapes     N passed, M deselected; no failure, no skip. head_dim 64 and 128 in bf16, the drop-in
-#   kernels    "copy bandwidth", then 44 lines; each with ms, x floor, x rivals; none FAILED
-#   e2e        8 lines; "131072 tokens batch 8 full" says cannot fit below 200 GB
+#   kernels    "copy bandwidth", then 46 lines; each with ms, x floor, x rivals; none FAILED
+#   e2e        10 lines; "131072 tokens batch 8 full" says cannot fit below 200 GB
 #   model      6 lines; float32 ends in "0 unlike the CPU" or 1
 #   ops        N passed, M skipped; skipped are only head_dims beyond 256
 #   memcheck   "ERROR SUMMARY: 0 errors"
@@ -164,7 +164,7 @@ fi
 if [ -n "$dry" ]; then
   skip ops
 else
-  run ops 110 "${tests[@]}" tests/test_cuda.py tests/test_ops_{append,attend,compact,gate}.py \
+  run ops 110 "${tests[@]}" tests/test_cuda.py tests/test_ops_{append,attend,compact,gate,record}.py \
     tests/test_ops_{scores,select,window}.py tests/test_golden*.py -k cuda
 fi
 # Smaller inputs: the sanitizer is slow. Bit-repeat, 32-bit and model tests add nothing here.

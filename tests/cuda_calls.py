@@ -73,6 +73,15 @@ def append_call(head_dim: int, dtype: torch.dtype) -> Call:
     return Call("append_", (store, new["k_new"], new["v_new"], *columns), {}, None)
 
 
+def record_call(head_dim: int, dtype: torch.dtype) -> Call:
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(2, 6, 70, head_dim, generator=generator).to(dtype)
+    lse = torch.randn(2, 6, 70, generator=generator)
+    window = torch.zeros(2, 6, 16 + 128, head_dim, dtype=dtype), torch.zeros(2, 6, 16 + 128)
+    columns = [torch.tensor(n, dtype=torch.int32) for n in ((0, 3), (70, 1), (58, 300))]
+    return Call("record_", (*window, q, lse, *columns), {}, None)
+
+
 def window_call(name: str, head_dim: int, groups: int, dtype: torch.dtype, n_up: int = 64) -> Call:
     store = store_of(head_dim, dtype)
     scale = head_dim**-0.5

@@ -40,7 +40,7 @@ class AroundParts(Injector):
     def __init__(self, monkeypatch, model):
         super().__init__()
         update = ("spectrogram", "bam_scores", "gate_", "select", "compact")
-        for name in ("append_", "attend_", *update):
+        for name in ("append_", "attend_", "record_", *update):
             monkeypatch.setattr(ops, name, self.around(getattr(ops, name)))
         monkeypatch.setattr(RaggedKV, "update", self.around(RaggedKV.update))
         update = DynamicSlidingWindowLayer.update

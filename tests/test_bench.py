@@ -112,12 +112,20 @@ def test_gate_benchmark() -> None:
     ]  # fmt: skip
 
 
+def test_decode_cost(tmp_path: Path) -> None:
+    out = tmp_path / "d.json"
+    run("decode_cost.py", "--layers", "2", "--steps", "3", "--rounds", "2", "--json", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["no_grad", "inference_mode"]
+    assert all(row["NAMMCache"] > 0 and row["DynamicCache"] > 0 for row in rows)
+
+
 def test_cuda_benchmark(bench, tmp_path: Path) -> None:
     run("bench_cuda.py", "--smoke", "--out", str(tmp_path / "c.json"))
     report = json.loads((tmp_path / "c.json").read_text())
     assert {row["op"] for row in report["rows"]} == {
         "spectrogram", "received", "bam_scores", "mlp_scores", "select", "compact",
-        "gate_", "attend decode", "attend prefill", "append_", "whole step x 32",
+        "gate_", "attend decode", "attend prefill", "append_", "record_", "whole step x 32",
     }  # fmt: skip
     assert {"date", "gpu", "commit", "torch", "cuda", "copy_tb_per_s"} <= report.keys()
     rivals = {row["op"]: set(row["rivals_ms"]) for row in report["rows"]}

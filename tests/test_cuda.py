@@ -21,6 +21,7 @@ from cuda_calls import (
     compact_call,
     gate_call,
     law,
+    record_call,
     score_call,
     select_call,
     to_device,
@@ -44,6 +45,7 @@ SHAPES = [
     pytest.param(128, 8, FP16, id="D128-G8-fp16"),
     pytest.param(256, 2, BF16, id="D256-G2-bf16"),
     pytest.param(80, 7, BF16, id="D80-G7-bf16"),
+    pytest.param(192, 12, BF16, id="D192-G12-bf16"),
     pytest.param(72, 2, FP32, id="D72-G2-fp32"),
 ]
 
@@ -98,7 +100,8 @@ def test_select_decides_like_the_cpu(rule, ties):
     ("head_dim", "dtype"), [(128, BF16), (80, FP16), (72, FP32), (5, BF16), (6, FP16)]
 )
 def test_compact_and_append_copy_like_the_cpu(head_dim, dtype):
-    for call in (compact_call(head_dim, dtype), append_call(head_dim, dtype)):
+    for make in (compact_call, append_call, record_call):
+        call = make(head_dim, dtype)
         for ours, theirs in zip(call.run("cuda"), call.run("cpu"), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -145,6 +148,7 @@ def test_scores_choose_like_the_cpu(name):
 
 CALLS: dict[str, Callable[[], Call]] = {
     "append": lambda: append_call(128, BF16),
+    "record": lambda: record_call(128, BF16),
     "attend_decode": lambda: attend_call(128, 4, BF16, (1, 1)),
     "attend_prefill": lambda: attend_call(128, 4, BF16, (64, 40)),
     "attend_simt": lambda: attend_call(72, 2, FP32, (20, 1)),
@@ -343,3 +347,43 @@ def test_drop_in_on_tensor_cores(dtype):
     plain = model(ids, use_cache=False).logits.double()
     ours, theirs = (mine.cpu() - exact).abs().max(), (plain.cpu() - exact).abs().max()
     assert ours <= 2 * theirs, f"{ours:.2e} > 2 * {theirs:.2e}"
+
+
+def _decoding(hf_models):
+    """A model, a cache that has read a prompt, and the tokens that come."""
+    from namm_ext import NAMMCache
+
+    model = hf_models.build(hf_models.FAMILIES["llama"](), FP32).to("cuda")
+    cache = NAMMCache(model, hf_models.evicting_policy(16, budget=24))
+    ids = hf_models.tokens(2, 90).cuda()
+    with torch.no_grad():
+        model(ids[:, :50], past_key_values=cache)
+    return model, cache, ids[:, 50:]
+
+
+@torch.no_grad()
+def test_drop_in_as_a_graph():
+    import namm_ext
+
+    hf_models = pytest.importorskip("hf_models")
+    model, cache, ids = _decoding(hf_models)
+    _, other, _ = _decoding(hf_models)
+    step = namm_ext.graphed(model, cache)
+    for t in range(ids.shape[1]):
+        column = ids[:, t : t + 1]
+        want = model(column, past_key_values=other).logits[:, -1]
+        torch.testing.assert_close(step(column), want)
+    assert cache.report().tokens_kept == other.report().tokens_kept
+
+
+@torch.no_grad()
+def test_drop_in_decodes_without_waiting():
+    model, cache, ids = _decoding(pytest.importorskip("hf_models"))
+    model(ids[:, :1], past_key_values=cache)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for t in range(1, 10):  # no update before token 64
+            model(ids[:, t : t + 1], past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

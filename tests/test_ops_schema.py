@@ -13,7 +13,7 @@ from namm_ext._library import libraries
 from namm_ext.values import Segments, Window
 
 OPS = libraries.ops
-IN_PLACE = ("append_", "attend_", "gate_")
+IN_PLACE = ("append_", "attend_", "gate_", "record_")
 #: What the fields of a window are called as arguments of an op.
 WINDOW = ("q_window", "lse_window", "pos_q", "active")
 
@@ -59,6 +59,8 @@ def sample(op, case="ragged", dtype=torch.float32, device="cpu"):
             "pos": testing.same_newest(store, count).pos, "num_new": count,
             "bias": torch.ones(2, device=device),
         }  # fmt: skip
+    if op == "record_":  # 32 positions make a period of this window
+        known["pos_first"] = torch.tensor([29, 64], dtype=torch.int32, device=device)
     return {argument.name: known[argument.name] for argument in schema(op).arguments}
 
 
@@ -215,6 +217,17 @@ BAD = [
     ("attend_", "out", lambda t: t[:, 1:], "out must have shape [2, 4, 4, 24], got [2, 3, 4, 24]"),
     ("attend_", "lse", lambda t: t.double(), "lse must be float32, got float64"),
     ("attend_", "softmax_scale", lambda x: math.inf, "softmax_scale must be finite, got inf"),
+    ("record_", "q_window", lambda t: t.int(),
+     "q_window must be float32, bfloat16 or float16, got int32"),
+    ("record_", "q_window", lambda t: t[:, :, :16], "q_window must have more than 16 rows, got 16"),
+    ("record_", "lse_window", lambda t: t[:, :, 1:],
+     "lse_window must have shape [2, 4, 48], got [2, 4, 47]"),
+    ("record_", "q", lambda t: t[:, :3], "q must have shape [2, 4, *, 24], got [2, 3, 4, 24]"),
+    ("record_", "q", lambda t: t.half(), "q must be float32, got float16"),
+    ("record_", "lse", lambda t: t.double(), "lse must be float32, got float64"),
+    ("record_", "first", lambda t: t.long(), "first must be int32, got int64"),
+    ("record_", "num_new", lambda t: t[1:], "num_new must have shape [2], got [1]"),
+    ("record_", "pos_first", lambda t: t[1:], "pos_first must have shape [2], got [1]"),
     ("spectrogram", "q_window", lambda t: t[:, :, 1:],
      "q_window must have 16 + n_up rows with n_up a positive multiple of 16, got 47 rows"),
     ("spectrogram", "q_window", lambda t: t[:, :, :16],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from namm_ext.ragged import CARRY, Planner
+from namm_ext.ragged import Planner
 
 CPU = torch.device("cpu")
 
@@ -12,7 +12,7 @@ def test_planner_cuts_at_updates():
     pieces = Planner(16)((5, 5), 40, None, CPU)
     assert [(p.columns.start, p.columns.stop) for p in pieces] == [(0, 11), (11, 27), (27, 40)]
     assert [p.due and p.due.rows for p in pieces] == [(True, True), (True, True), None]
-    assert [p.slot for p in pieces] == [16 + 5, 16, 16]
+    assert [p.pos_first.tolist() for p in pieces] == [[5, 5], [16, 16], [32, 32]]
     assert pieces[0].due.pos_q.tolist() == [-16, -16]
     assert pieces[1].due.pos_q.tolist() == [0, 0]
     assert pieces[-1].seen == (45, 45)
@@ -26,10 +26,7 @@ def test_planner_lets_rows_update_apart():
     assert [p.due and p.due.rows for p in pieces] == [(True, True), (True, False), None]
     assert pieces[1].due.pos_q.tolist() == [0, 0]  # row 1 stands 1 token behind its update
     assert pieces[0].columns is None
-    assert pieces[0].slot is None
-    rows, cols, slots = pieces[0].scatter
-    assert (rows.tolist(), cols.tolist()) == ([0] + [1] * 16, [0, *range(3, 19)])
-    assert slots.tolist() == [CARRY + 15, *range(CARRY, CARRY + 16)]
+    assert [p.pos_first.tolist() for p in pieces] == [[15, 0], [16, 16], [32, 17]]
 
 
 def test_planner_cuts_at_holes():

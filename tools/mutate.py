@@ -42,8 +42,8 @@ CACHE = (
 )
 POLICY = ("policy", "calibration", "policy_files", "budget", "statistics", "original", "version1")
 OPS = (
-    *("ops_append", "ops_attend", "ops_compact", "ops_gate", "ops_scores", "ops_select"),
-    *("ops_window", "ops_schema", "golden", "ragged"),
+    *("ops_append", "ops_attend", "ops_compact", "ops_gate", "ops_record", "ops_scores"),
+    *("ops_select", "ops_window", "ops_schema", "golden", "ragged"),
 )
 AREAS: dict[str, tuple[str, ...]] = {
     "python/namm_ext/cache": CACHE,

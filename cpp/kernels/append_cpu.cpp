@@ -5,23 +5,10 @@
 // Limits    the caller has checked that every slot has room: nothing is written before that.
 #include <cstring>
 
+#include "copy_rows.h"
 #include "kernels.h"
 
 namespace namm_ext::cpu {
-namespace {
-
-void copy_rows(char* dst, const char* src, int64_t rows, int64_t row_bytes, int64_t src_stride) {
-  if (src_stride == row_bytes) {
-    std::memcpy(dst, src, static_cast<size_t>(rows * row_bytes));
-    return;
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    std::memcpy(dst + i * row_bytes, src + i * src_stride, static_cast<size_t>(row_bytes));
-  }
-}
-
-}  // namespace
-
 void append(const AppendParams& p, Parallel parallel) {
   const int64_t size = element_size(p.dtype);
   const int64_t num_segments = int64_t{p.seg.batch_size} * p.seg.num_kv_heads;
@@ -42,7 +29,8 @@ void append(const AppendParams& p, Parallel parallel) {
       const auto copy = [&](void* dst, const void* src, const int64_t* strides, int64_t dim) {
         const int64_t offset = b * strides[0] + h * strides[1] + column * strides[2];
         copy_rows(static_cast<char*>(dst) + row * dim * size,
-                  static_cast<const char*>(src) + offset * size, n, dim * size, strides[2] * size);
+                  static_cast<const char*>(src) + offset * size, n, dim * size, dim * size,
+                  strides[2] * size);
       };
       copy(p.k, p.k_new, p.k_new_strides, p.head_dim);
       copy(p.v, p.v_new, p.v_new_strides, p.head_dim_v);

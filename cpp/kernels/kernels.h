@@ -13,6 +13,7 @@ namespace namm_ext::cpu {
 
 void append(const AppendParams& params, Parallel parallel);
 void attend(const AttendParams& params, Parallel parallel);
+void record(const RecordParams& params, Parallel parallel);
 void spectrogram(const SpectrogramParams& params, Parallel parallel);
 void attention_received(const ReceivedParams& params, Parallel parallel);
 void bam_scores(const ScoreParams& params, Parallel parallel);

@@ -81,6 +81,7 @@ std::string force_isa(std::string name) {
 STABLE_TORCH_LIBRARY_IMPL(namm_ext, CPU, m) {
   m.impl("append_", TORCH_BOX((&Entry<prepare_append, cpu::append>::run)));
   m.impl("attend_", TORCH_BOX((&Entry<prepare_attend, cpu::attend>::run)));
+  m.impl("record_", TORCH_BOX((&Entry<prepare_record, cpu::record>::run)));
   m.impl("spectrogram", TORCH_BOX((&Entry<prepare_spectrogram, cpu::spectrogram>::run)));
   m.impl("attention_received",
          TORCH_BOX((&Entry<prepare_attention_received, cpu::attention_received>::run)));

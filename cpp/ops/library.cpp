@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(namm_ext, m) {
       "attend_(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor pos, "
       "Tensor cu_seqlens_k, Tensor seqused_k, Tensor first, Tensor num_new, Tensor pos_first, "
       "float softmax_scale) -> ()");
+  // New queries and their log-sum-exps go into the window of their layer.
+  m.def(
+      "record_(Tensor(a!) q_window, Tensor(b!) lse_window, Tensor q, Tensor lse, Tensor first, "
+      "Tensor num_new, Tensor pos_first) -> ()");
   // Spectrum of the attention each key received, folded into its running average.
   m.def(
       "spectrogram(Tensor q_window, Tensor lse_window, Tensor k, Tensor pos, Tensor state, "

@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 template <class Params, class Returned>
 struct Prepared {
   const char* op;
-  int64_t capacity;  // rows of the store
+  int64_t capacity;  // rows of the store; 0 for ops without one
   Params params;
   Returned returned;
 };
@@ -39,6 +39,11 @@ Prepared<AttendParams, Nothing> prepare_attend(const Tensor& out, const Tensor& 
                                                const Tensor& seqused_k, const Tensor& first,
                                                const Tensor& num_new, const Tensor& pos_first,
                                                double softmax_scale);
+
+Prepared<RecordParams, Nothing> prepare_record(const Tensor& q_window, const Tensor& lse_window,
+                                               const Tensor& q, const Tensor& lse,
+                                               const Tensor& first, const Tensor& num_new,
+                                               const Tensor& pos_first);
 
 // Returns the new state.
 Prepared<SpectrogramParams, Tensor> prepare_spectrogram(

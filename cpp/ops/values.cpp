@@ -52,6 +52,18 @@ void check_values(const char* op, const AttendParams& p, int64_t capacity) {
   check_columns(op, p.first, p.num_new, p.seg.batch_size, p.num_cols);
 }
 
+void check_values(const char* op, const RecordParams& p, int64_t) {
+  check_columns(op, p.first, p.num_new, p.batch_size, p.num_cols);
+  const int32_t n_up = p.num_rows - kCarry;
+  for (int32_t b = 0; b < p.batch_size; ++b) {
+    STD_TORCH_CHECK(p.pos_first[b] >= 0, op, ": pos_first[", b, "] must not be negative, got ",
+                    p.pos_first[b]);
+    const int32_t left = n_up - p.pos_first[b] % n_up;
+    STD_TORCH_CHECK(p.num_new[b] <= left, op, ": num_new[", b, "] must be at most the ", left,
+                    " queries up to the row's next update, got ", p.num_new[b]);
+  }
+}
+
 void check_values(const char* op, const SpectrogramParams& p, int64_t capacity) {
   check_segments(op, p.window.seg, capacity);
 }

@@ -12,6 +12,7 @@ namespace namm_ext {
 // CompactParams in the live ones.
 void check_values(const char* op, const AppendParams& params, int64_t capacity);
 void check_values(const char* op, const AttendParams& params, int64_t capacity);
+void check_values(const char* op, const RecordParams& params, int64_t capacity);
 void check_values(const char* op, const SpectrogramParams& params, int64_t capacity);
 void check_values(const char* op, const ReceivedParams& params, int64_t capacity);
 void check_values(const char* op, const ScoreParams& params, int64_t capacity);

@@ -7,7 +7,7 @@
 // Limits    numbers in index tensors are the caller's promise; still no write leaves its slot.
 //           seqused_k is read by every block of a segment, so it grows in a launch of its own
 //           unless a segment has one block.
-#include "platform.cuh"
+#include "copy_row.cuh"
 
 namespace namm_ext::gpu {
 namespace {
@@ -22,15 +22,6 @@ NAMM_DEVICE int32_t rows_to_append(const AppendParams& p, int segment) {
   const int32_t room =
       p.seg.cu_seqlens_k[segment + 1] - p.seg.cu_seqlens_k[segment] - p.seqused_k[segment];
   return max(0, min(p.num_new[b], min(room, p.num_cols - p.first[b])));
-}
-
-// Copies row_bytes bytes as Units; the lanes of one warp share a row.
-template <class Unit>
-NAMM_DEVICE void copy_row(void* target, const void* source, int64_t row_bytes, int lane) {
-  const int64_t units = row_bytes / static_cast<int64_t>(sizeof(Unit));
-  for (int64_t u = lane; u < units; u += kWarpSize) {
-    static_cast<Unit*>(target)[u] = static_cast<const Unit*>(source)[u];
-  }
 }
 
 template <class Unit>

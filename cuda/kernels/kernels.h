@@ -35,6 +35,8 @@ Status launch_append(const AppendParams& params, const Launch& launch);
 size_t attend_workspace(const AttendParams& params, int64_t capacity);
 Status launch_attend(const AttendParams& params, const Launch& launch);
 
+Status launch_record(const RecordParams& params, const Launch& launch);
+
 Status launch_spectrogram(const SpectrogramParams& params, const Launch& launch);
 Status launch_attention_received(const ReceivedParams& params, const Launch& launch);
 

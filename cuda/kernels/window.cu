@@ -35,22 +35,17 @@ bool mma_applies(const Window& w) {
   bool aligned = address(w.q) % 16 == 0 && address(w.lse) % 16 == 0 && address(w.k) % 4 == 0;
   for (int64_t stride : w.q_strides) aligned = aligned && stride % 8 == 0;
   for (int64_t stride : w.lse_strides) aligned = aligned && stride % 4 == 0;
-  return aligned && w.num_groups <= 8;
+  return aligned && w.head_dim % 8 == 0 && w.head_dim <= 256;
 }
 
 template <class T, bool kReceived>
 Status launch_16_bit(const Window& w, const Output& o, const Launch& launch) {
   if (launch.path == Path::kAuto && mma_applies(w)) {
-    switch (w.head_dim) {
-      case 64:
-        return launch_mma<T, 64, kReceived>(w, o, launch);
-      case 96:
-        return launch_mma<T, 96, kReceived>(w, o, launch);
-      case 128:
-        return launch_mma<T, 128, kReceived>(w, o, launch);
-      case 256:
-        return launch_mma<T, 256, kReceived>(w, o, launch);
-    }
+    if (w.head_dim <= 64) return launch_mma<T, 64, kReceived>(w, o, launch);
+    if (w.head_dim <= 96) return launch_mma<T, 96, kReceived>(w, o, launch);
+    if (w.head_dim <= 128) return launch_mma<T, 128, kReceived>(w, o, launch);
+    if (w.head_dim <= 192) return launch_mma<T, 192, kReceived>(w, o, launch);
+    return launch_mma<T, 256, kReceived>(w, o, launch);
   }
   return launch_simt<T, kReceived>(w, o, launch);
 }

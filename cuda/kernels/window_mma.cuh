@@ -1,9 +1,11 @@
-// spectrogram and attention_received on tensor cores: bf16 / fp16, head_dim 64, 96, 128, 256.
+// spectrogram and attention_received on tensor cores: bf16 / fp16, head_dim any multiple of 8 up to
+// 256, any number of query heads per KV head.
 //
-// Mapping    block = 4 warps for 4 * kKeys keys of one segment, kKeys = 32 (16 at head_dim 256).
+// Mapping    block = 4 warps for 4 * kKeys keys of one segment, kKeys = 32 (16 above head_dim 128).
 //            A warp keeps its keys as A fragments in registers for the whole kernel. Queries
 //            stream by in stages of 16 window rows (one hop) x up to 4 heads through a ring of
-//            three cp.async buffers, 16-byte chunks XOR-swizzled by row & 7.
+//            three cp.async buffers, 16-byte chunks XOR-swizzled by row & 7. A head_dim between
+//            64, 96, 128, 192 and 256 is padded with zeros to the next of them.
 //            S^T = K Q^T by mma.m16n8k16; exp, group mean and visibility in registers; the
 //            accumulator of S^T, packed to fp16, is the A operand of the DFT product; magnitudes
 //            and EMA stay in registers. Bin b sits in DFT tile b / 4 of lanes with lane % 4 = b
@@ -33,7 +35,7 @@ constexpr float kScaleLog2 = 15.0f;
 
 __device__ constexpr DftFragments kDftFragments = make_dft_fragments();
 
-template <int kHeadDim>
+template <int kHeadDim>  // padded
 struct WindowTile {
   static constexpr int kMTiles = kHeadDim <= 128 ? 2 : 1;  // 16 keys each
   static constexpr int kKeys = kMmaWarps * kMTiles * 16;
@@ -45,9 +47,26 @@ struct WindowTile {
   static constexpr int kLseOffset = kStageHeads * kHeadBytes;
   static constexpr int kStageBytes = kLseOffset + kStageHeads * kHop * 4;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  // Chunks of a head that one thread copies.
+  static constexpr int kCopies = (kHop * kChunks + kMmaThreads - 1) / kMmaThreads;
   static_assert(kHeadDim % 16 == 0, "whole k-steps");
   static_assert(kSharedBytes <= 99 * 1024, "what a block may have on every architecture");
 };
+
+// One hop of up to kStageHeads heads: its first window row, which part of the heads, where in the
+// ring. Counted on, because two divisions per stage would be a tenth of its instructions.
+struct Stage {
+  int row0, part, slot;
+};
+
+NAMM_DEVICE void next_stage(Stage& stage, int num_parts) {
+  stage.slot = stage.slot + 1 < kStages ? stage.slot + 1 : 0;
+  stage.part += 1;
+  if (stage.part == num_parts) {
+    stage.part = 0;
+    stage.row0 += kHop;
+  }
+}
 
 template <class T, int kHeadDim, bool kReceived>
 __global__ void __launch_bounds__(kMmaThreads, 2)
@@ -83,7 +102,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   uint32_t k_frag[kMTiles][kKSteps][4];
   int key_pos[kMTiles][2];
   {
-    const T* k = static_cast<const T*>(w.k) + (tile.start + warp_row) * kHeadDim;
+    const T* k = static_cast<const T*>(w.k) + (tile.start + warp_row) * w.head_dim;
+    const int num_words = w.head_dim / 2;
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt) {
 #pragma unroll
@@ -91,18 +111,18 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
         const int row = mt * 16 + half * 8 + g;
         const bool live = warp_row + row < tile.live;
         key_pos[mt][half] = live ? w.pos[tile.start + warp_row + row] : INT_MAX;
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(k + int64_t{row} * kHeadDim);
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(k + int64_t{row} * w.head_dim);
 #pragma unroll
         for (int step = 0; step < kKSteps; ++step) {
-          k_frag[mt][step][half] = live ? words[step * 8 + c] : 0u;
-          k_frag[mt][step][half + 2] = live ? words[step * 8 + 4 + c] : 0u;
+          const int first = step * 8 + c, second = first + 4;
+          k_frag[mt][step][half] = live && first < num_words ? words[first] : 0u;
+          k_frag[mt][step][half + 2] = live && second < num_words ? words[second] : 0u;
         }
       }
     }
   }
 
   const int pos_q = w.pos_q[b];
-  const int num_hops = w.num_rows / kHop;
   int begin_hop = first_hop(w.pos[tile.start + tile.row], pos_q);
   if (kReceived) begin_hop = max(begin_hop, first_row / kHop);
   const bool warp_live = warp_row < tile.live;
@@ -110,27 +130,41 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   const int warp_last_pos =
       warp_live ? w.pos[tile.start + min(warp_row + kMTiles * 16, tile.live) - 1] : INT_MAX;
 
-  // A stage is one hop of up to kStageHeads heads.
   const int num_parts = (w.num_groups + kStageHeads - 1) / kStageHeads;
   const int part_heads = (w.num_groups + num_parts - 1) / num_parts;
-  const int num_stages = max(num_hops - begin_hop, 0) * num_parts;
+  const Stage first_stage = {begin_hop * kHop, 0, 0};
   const T* q =
       static_cast<const T*>(w.q) + b * w.q_strides[0] + int64_t{h} * w.num_groups * w.q_strides[1];
   const float* lse = w.lse + b * w.lse_strides[0] + int64_t{h} * w.num_groups * w.lse_strides[1];
   const SharedAddress ring = shared_address(shared);
 
-  auto issue = [&](int stage) {
-    if (stage < num_stages) {
-      const int row0 = (begin_hop + stage / num_parts) * kHop;
-      const int head0 = stage % num_parts * part_heads;
+  // What this thread copies of every head: where from, where to, and whether it is padding.
+  int64_t source_offset[Tile::kCopies];
+  SharedAddress target_offset[Tile::kCopies];
+  bool copies[Tile::kCopies], real[Tile::kCopies];
+#pragma unroll
+  for (int j = 0; j < Tile::kCopies; ++j) {
+    const int i = thread + j * kMmaThreads, chunk = i % Tile::kChunks, row = i / Tile::kChunks;
+    copies[j] = row < kHop;
+    real[j] = chunk * 8 < w.head_dim;
+    source_offset[j] = real[j] ? row * w.q_strides[2] + chunk * 8 : 0;
+    target_offset[j] = row * Tile::kRowBytes + ((chunk ^ (row & 7)) << 4);
+  }
+
+  Stage issued = first_stage;
+  auto issue = [&] {
+    if (issued.row0 < w.num_rows) {
+      const int row0 = issued.row0, head0 = issued.part * part_heads;
       const int num_heads = min(part_heads, w.num_groups - head0);
-      const SharedAddress target = ring + stage % kStages * Tile::kStageBytes;
-      for (int i = thread; i < num_heads * kHop * Tile::kChunks; i += kMmaThreads) {
-        const int chunk = i % Tile::kChunks, row = i / Tile::kChunks % kHop;
-        const int head = i / (Tile::kChunks * kHop);
-        cp_async<16>(
-            target + head * Tile::kHeadBytes + row * Tile::kRowBytes + ((chunk ^ (row & 7)) << 4),
-            q + (head0 + head) * w.q_strides[1] + (row0 + row) * w.q_strides[2] + chunk * 8);
+      const SharedAddress target = ring + issued.slot * Tile::kStageBytes;
+      const T* source = q + head0 * w.q_strides[1] + row0 * w.q_strides[2];
+      for (int head = 0; head < num_heads; ++head, source += w.q_strides[1]) {
+#pragma unroll
+        for (int j = 0; j < Tile::kCopies; ++j) {
+          if (!copies[j]) continue;
+          cp_async<16>(target + head * Tile::kHeadBytes + target_offset[j],
+                       source + source_offset[j], real[j]);
+        }
       }
       if (thread < num_heads * 4) {
         const int head = thread / 4, quarter = thread % 4;
@@ -139,6 +173,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
       }
     }
     cp_async_commit();  // possibly empty: the count of groups is the count of stages
+    next_stage(issued, num_parts);
   };
 
   uint32_t dft[2][4][2];
@@ -164,18 +199,16 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   float received[kMTiles][2] = {};
   float mean[kMTiles][2][4] = {};  // [key tile][query tile][fragment]
 
-  issue(0);
-  issue(1);
-  for (int stage = 0; stage < num_stages; ++stage) {
+  issue();
+  issue();
+  for (Stage stage = first_stage; stage.row0 < w.num_rows; next_stage(stage, num_parts)) {
     cp_async_wait<1>();
     __syncthreads();
-    issue(stage + 2);
-    const int part = stage % num_parts;
-    const int row0 = (begin_hop + stage / num_parts) * kHop;
-    const int num_heads = min(part_heads, w.num_groups - part * part_heads);
-    const unsigned char* buffer = shared + stage % kStages * Tile::kStageBytes;
-    const SharedAddress q_base =
-        ring + stage % kStages * Tile::kStageBytes + q_row * Tile::kRowBytes;
+    issue();
+    const int row0 = stage.row0;
+    const int num_heads = min(part_heads, w.num_groups - stage.part * part_heads);
+    const unsigned char* buffer = shared + stage.slot * Tile::kStageBytes;
+    const SharedAddress q_base = ring + stage.slot * Tile::kStageBytes + q_row * Tile::kRowBytes;
     if (!warp_live) continue;
 
     if (warp_first_pos <= pos_q + row0 + kHop - 1) {
@@ -209,7 +242,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
         }
       }
     }
-    if (part + 1 < num_parts) continue;
+    if (stage.part + 1 < num_parts) continue;
 
     // The hop is complete. A select, so that what must not count never reaches a sum.
     const bool partly = warp_last_pos > pos_q + row0 || (kReceived && row0 < first_row);
@@ -243,21 +276,29 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
         for (int t = 0; t < 4; ++t) {
           // The second half of the window completes the frame that the last hop began.
           mma_m16n8k16<fp16>(spectrum[mt][t], a, dft[1][t][0], dft[1][t][1]);
-          if (row0 > 0) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const float re = spectrum[mt][t][2 * half], im = spectrum[mt][t][2 * half + 1];
-              float y = fast_sqrt(re * re + im * im);
-              if (t == 0) {  // lane 0 of the quad holds the real bins 0 and 16
-                ema16[mt][half] = ema16[mt][half] * frame_decay + fabsf(im);
-                y = c == 0 ? fabsf(re) : y;
-              }
-              ema[mt][t][half] = ema[mt][t][half] * frame_decay + y;
+          for (int half = 0; half < 2; ++half) {
+            const float re = spectrum[mt][t][2 * half], im = spectrum[mt][t][2 * half + 1];
+            float y = fast_sqrt(re * re + im * im);
+            if (t == 0) {  // lane 0 of the quad holds the real bins 0 and 16
+              ema16[mt][half] = ema16[mt][half] * frame_decay + fabsf(im);
+              y = c == 0 ? fabsf(re) : y;
             }
+            ema[mt][t][half] = ema[mt][t][half] * frame_decay + y;
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) spectrum[mt][t][i] = 0.0f;
           mma_m16n8k16<fp16>(spectrum[mt][t], a, dft[0][t][0], dft[0][t][1]);
+        }
+        // The first hop of the window has completed no frame. Forgotten here, once, and not left
+        // out above, where it would be a branch for every tile.
+        if (row0 == 0) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            ema16[mt][half] = 0.0f;
+#pragma unroll
+            for (int t = 0; t < 4; ++t) ema[mt][t][half] = 0.0f;
+          }
         }
       }
 #pragma unroll

@@ -78,6 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(namm_ext, CUDA, m) {
   m.impl("append_", TORCH_BOX((&Entry<prepare_append, gpu::launch_append>::run)));
   m.impl("attend_",
          TORCH_BOX((&Entry<prepare_attend, gpu::launch_attend, gpu::attend_workspace>::run)));
+  m.impl("record_", TORCH_BOX((&Entry<prepare_record, gpu::launch_record>::run)));
   m.impl("spectrogram", TORCH_BOX((&Entry<prepare_spectrogram, gpu::launch_spectrogram>::run)));
   m.impl("attention_received",
          TORCH_BOX((&Entry<prepare_attention_received, gpu::launch_attention_received>::run)));

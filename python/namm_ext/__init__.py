@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from . import baselines
     from .asking import ask
     from .budget import Budget
-    from .cache import NAMMCache
+    from .cache import NAMMCache, graphed
     from .config import NAMMConfig
     from .patching import apply, patch, remove
     from .policy import NAMM, Calibration, Policy, UpdateContext
@@ -35,6 +35,7 @@ _LAZY = {
     "UpdateContext": "policy",
     "apply": "patching",
     "ask": "asking",
+    "graphed": "cache",
     "patch": "patching",
     "remove": "patching",
 }
@@ -54,6 +55,7 @@ __all__ = [
     "apply",
     "ask",
     "baselines",
+    "graphed",
     "ops",
     "patch",
     "reference",

@@ -494,6 +494,40 @@ def append_(
         segments.seqused_k[s] += n
 
 
+def record_(
+    q_window: Tensor,
+    lse_window: Tensor,
+    q: Tensor,
+    lse: Tensor,
+    first: Tensor,
+    num_new: Tensor,
+    pos_first: Tensor,
+) -> None:
+    """Put new queries and their log-sum-exps into the window of their layer, in place.
+
+    The query at position p goes to window row ``16 + p % n_up``.
+
+    Args:
+        q_window: ``[B, H * G, 16 + n_up, D]``; lse_window: ``[B, H * G, 16 + n_up]``, written.
+        q: ``[B, H * G, L, D]``; lse: ``[B, H * G, L]``.
+        first, num_new, pos_first: ``[B]`` int32.
+
+    Raises:
+        ValueError: if the queries of a row go past the end of its period.
+    """
+    n_up = q_window.shape[2] - CARRY
+    for b in range(q.shape[0]):
+        n, c, begin = int(num_new[b]), int(first[b]), int(pos_first[b]) % n_up
+        if begin + n > n_up:
+            raise ValueError(
+                f"record_: row {b} must have at most {n_up - begin} queries up to its next update, "
+                f"got {n}"
+            )
+        rows, columns = slice(CARRY + begin, CARRY + begin + n), slice(c, c + n)
+        q_window[b, :, rows] = q[b, :, columns]
+        lse_window[b, :, rows] = lse[b, :, columns]
+
+
 def _logits(q: Tensor, k: Tensor, scale: float, round_to: torch.dtype | None) -> Tensor:
     """``q k^T * scale`` over the last dimension, rounded after each step if asked."""
     dtype = _compute_dtype(q, k)

@@ -1,4 +1,4 @@
-// append, mlp_scores, gate, select and compact on tensors without one spare byte: under
+// append, record, mlp_scores, gate, select and compact on tensors without one spare byte: under
 // AddressSanitizer, a row read or written too far is an error. Values are tested from Python.
 #include <cstdio>
 #include <vector>
@@ -42,6 +42,22 @@ void run(int32_t length) {
   a.num_state = kNumBins;
   cpu::append(a, kSerial);
   expect(used[0] == length && k == rows && v == rows, "append", length);
+
+  std::vector<float> q_window((kCarry + length) * kDim), lse_window(kCarry + length);
+  RecordParams r{};
+  r.q = r.lse = rows.data();
+  r.first = r.pos_first = zero.data();
+  r.num_new = all.data();
+  r.q_window = q_window.data();
+  r.lse_window = lse_window.data();
+  r.q_strides[2] = r.q_window_strides[2] = kDim;
+  r.lse_strides[2] = r.lse_window_strides[2] = 1;
+  r.batch_size = r.num_heads = 1;
+  r.head_dim = kDim;
+  r.num_cols = length;
+  r.num_rows = kCarry + length;
+  if (length > 0) cpu::record(r, kSerial);
+  expect(length == 0 || (q_window.back() == 2.0f && lse_window.back() == 2.0f), "record", length);
 
   const Segments seg = a.seg;
   std::vector<float> scores(length);

@@ -34,6 +34,9 @@ const Op kOps[] = {
     {"attend", sizeof(AttendParams), size_of_workspace<AttendParams, attend_workspace>,
      call<AttendParams, launch_attend>},
 #endif
+#ifdef NAMM_HAS_RECORD
+    {"record", sizeof(RecordParams), no_workspace, call<RecordParams, launch_record>},
+#endif
 #ifdef NAMM_HAS_SELECT
     {"select", sizeof(SelectParams), size_of_workspace<SelectParams, select_workspace>,
      call<SelectParams, launch_select>},

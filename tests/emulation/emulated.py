@@ -76,6 +76,12 @@ AttendParams = _struct(
     ("softmax_scale", F32),
     ("dtype", I32),
 )
+RecordParams = _struct(
+    "RecordParams",
+    ("q lse first num_new pos_first q_window lse_window", P),
+    ("q_strides lse_strides q_window_strides lse_window_strides", I64 * 3),
+    ("batch_size num_heads head_dim num_cols num_rows dtype", I32),
+)
 Window = _struct(
     "Window",
     ("seg", Segments),
@@ -130,6 +136,7 @@ CompactParams = _struct(
 STRUCTS = {
     "append": AppendParams,
     "attend": AttendParams,
+    "record": RecordParams,
     "spectrogram": SpectrogramParams,
     "attention_received": ReceivedParams,
     "bam_scores": ScoreParams,

@@ -20,6 +20,7 @@ import test_emulated_append as append
 import test_emulated_attend as attend
 import test_emulated_compact as compact
 import test_emulated_gate as gate
+import test_emulated_record as record
 import test_emulated_scores as scores
 import test_emulated_select as select
 import test_emulated_window as window
@@ -32,7 +33,7 @@ def _window(*names: str) -> list[Callable[[], None]]:
 
 
 MMA = [
-    *_window("bf16-D64-G2", "bf16-D64-G5", "fp16-D64-G1"),
+    *_window("bf16-D64-G2", "bf16-D64-G5", "fp16-D64-G1", "bf16-D24-G16", "bf16-D80-G2"),
     partial(window.test_attention_received, "bf16-D64-G2", 21),
     partial(window.test_same_bits_in_every_order_and_batch, "spectrogram", False),
 ]
@@ -103,6 +104,12 @@ APPEND = [
 ]
 
 
+RECORD = [
+    partial(record.test_record, (1, 3), (4, 0), (60, 0), 32, 6, head_dim, attend.FP16, pad, RANDOM)
+    for head_dim, pad in ((16, 8), (5, 1))
+] + [partial(record.test_record, (1,), (70,), (130,), 128, 72, 16, attend.BF16, 0, RANDOM)]
+
+
 @dataclass(frozen=True)
 class Fault:
     """Replace ``old`` by ``new`` once in ``file``; ``source`` is the .cu that includes it."""
@@ -130,8 +137,8 @@ FAULTS = [
         ("swizzle-of-reader", "q_half) ^ (q_row & 7)", "q_half) ^ (q_row & 3)"),
         ("query-fragments-crossed", "k_frag[mt][step], frag[0], frag[1]",
          "k_frag[mt][step], frag[0], frag[2]"),
-        ("key-fragments-crossed", "k_frag[mt][step][half + 2] = live ? words[step * 8 + 4 + c]",
-         "k_frag[mt][step][half + 2] = live ? words[step * 8 + c]"),
+        ("key-fragments-crossed", "live && second < num_words ? words[second]",
+         "live && second < num_words ? words[first]"),
         ("own-row-invisible", "key_pos[mt][i >> 1] <= pos_q + row &&",
          "key_pos[mt][i >> 1] < pos_q + row &&"),
         ("diagonal-unmasked", "warp_last_pos > pos_q + row0 ||",
@@ -141,11 +148,16 @@ FAULTS = [
         ("reads-dead-keys", "const bool live = warp_row + row < tile.live;", "const bool live = true;"),
         ("writes-dead-rows", "} else if (row < tile.live) {", "} else {"),
         ("inactive-not-copied", "out[first * kNumBins + i] = state[first * kNumBins + i];", ";"),
-        ("last-part-too-long", "const int num_heads = min(part_heads, w.num_groups - part * part_heads);",
+        ("last-part-too-long", "const int num_heads = min(part_heads, w.num_groups - stage.part * part_heads);",
          "const int num_heads = part_heads;"),
         ("ring-too-small", "kSharedBytes = kStages * kStageBytes",
          "kSharedBytes = (kStages - 1) * kStageBytes"),
         ("mean-kept-over-hops", "mean[mt][nt][i] = 0.0f;", "mean[mt][nt][i] += 0.0f;"),
+        ("first-hop-is-a-frame", "if (row0 == 0) {", "if (false) {"),
+        ("parts-not-counted", "stage.part == num_parts", "stage.part == 1"),
+        ("ring-runs-over", "stage.slot + 1 < kStages", "stage.slot + 1 <= kStages"),
+        ("key-padding-read", "live && first < num_words", "live"),
+        ("query-padding-read", "real[j] = chunk * 8 < w.head_dim;", "real[j] = true;"),
         ("bin-16-lost", "if (c == 0) target[16]", "if (c == 1) target[16]"),
     ),
     *_faults(
@@ -327,6 +339,14 @@ FAULTS = [
         ("state-not-cleared", "p.state[row * p.num_state + f] = 0.0f;", ";"),
         ("column-zero", "column = p.first[b] + i", "column = i"),
         ("room-ignored", "min(room, p.num_cols - p.first[b])", "p.num_cols - p.first[b]"),
+        ("misaligned-vectors", "return bits % 16 == 0;", "return bits % 2 == 0;"),
+    ),
+    *_faults(
+        "record", "record.cu", RECORD,
+        ("row-of-another-position", "begin = p.pos_first[b] % n_up", "begin = p.pos_first[b] % n_up / 2"),
+        ("carry-overwritten", "row = kCarry + begin + i", "row = begin + i"),
+        ("column-zero", "column = p.first[b] + i", "column = i"),
+        ("second-block-repeats", "row_first = blockIdx.y * kRowsPerBlock", "row_first = 0"),
         ("misaligned-vectors", "return bits % 16 == 0;", "return bits % 2 == 0;"),
     ),
 ]  # fmt: skip

@@ -91,6 +91,22 @@ struct AttendParams {
   DType dtype;
 };
 
+// record_: new queries and their log-sum-exps go to the rows of the window that their positions
+// say. With n_up = W - kCarry, column first[b] + i of row b, which stands at position
+// p = pos_first[b] + i, goes to row kCarry + p % n_up. No row passes the end of its period.
+struct RecordParams {
+  const void* q;             // [B, H * G, L, D] dtype
+  const float* lse;          // [B, H * G, L] natural log
+  const int32_t* first;      // [B]
+  const int32_t* num_new;    // [B]
+  const int32_t* pos_first;  // [B]
+  void* q_window;            // [B, H * G, W, D] dtype
+  float* lse_window;         // [B, H * G, W]
+  int64_t q_strides[3], lse_strides[3], q_window_strides[3], lse_window_strides[3];
+  int32_t batch_size, num_heads, head_dim, num_cols, num_rows;  // num_cols = L, num_rows = W
+  DType dtype;
+};
+
 // The window of one layer: kCarry rows of the previous period, then the n_up rows of this one.
 // Row i of batch row b stands at position pos_q[b] + i (negative before the start of the sequence)
 // and P[i, t] = exp(q_i . k_t * softmax_scale - lse_i) if pos[t] <= pos_q[b] + i else 0: a select,

@@ -10,8 +10,9 @@ every sliding one. Three facts carry the drop-in:
 """
 
 from .cache import NAMMCache
+from .graphs import graphed
 from .layer import NAMMLayer
 from .switching import borrow
 from .versions import cache_keyword
 
-__all__ = ["NAMMCache", "NAMMLayer", "borrow", "cache_keyword"]
+__all__ = ["NAMMCache", "NAMMLayer", "borrow", "cache_keyword", "graphed"]

@@ -56,6 +56,7 @@ def namm_mask(
         **kwargs,
     }
     if q_length == kv_length and q_offset == kv_offset:
+        # A single token sees itself whatever is laid over: no look at the device while decoding.
         plain = q_length == 1 or (mask_function is causal_mask_function and allow_is_causal_skip)
         if not plain and not allow_is_causal_skip and not torch.compiler.is_compiling():
             # An overlay for images says nothing more where there are none.

@@ -213,7 +213,7 @@ class NAMMCache(RecurrentCache):
             RuntimeError: if that undoes an update and the past was not recorded.
             ValueError: if there are not as many tokens.
         """
-        self._settle()
+        self.settle()
         n, session = int(tokens_to_remove), self.session
         length = session.length
         removed = max(length - n, 0) if n > 0 else -n
@@ -249,8 +249,12 @@ class NAMMCache(RecurrentCache):
         session.recurrent.crop(removed)
         session.cropped(target)
 
-    def _settle(self) -> None:
-        """Bring every layer back to what all have seen. Raises ValueError if one cannot."""
+    def settle(self) -> None:
+        """Bring every layer back to what all have seen, after a call that failed.
+
+        Raises:
+            ValueError: if one cannot go back.
+        """
         session = self.session
         session.settle_length()
         session.settle_sliding()
@@ -288,7 +292,7 @@ class NAMMCache(RecurrentCache):
         Raises:
             IndexError: if there is no such row, or no row is left.
         """
-        self._settle()
+        self.settle()
         size = self._batch_size()
         if size == 0:
             return
@@ -329,7 +333,7 @@ class NAMMCache(RecurrentCache):
         It holds what the memory holds: kept tokens, state and windows, and fingerprints of policy
         and model. The recorded past (``activate_past_recording``) is not saved.
         """
-        self._settle()
+        self.settle()
         files.save(self.session, self.layers, path)
 
     @classmethod

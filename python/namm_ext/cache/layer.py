@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ..ragged import RaggedKV
+from ..transfer import waits
 from . import compiled
 from .recurrent import refuse
 from .session import Session
@@ -194,12 +195,26 @@ class NAMMLayer(CacheLayerMixin):
         pieces = session.planner(kv.seen, width, session.runs, q.device)
         kv.mark()
         self.padded = session.target
-        out = kv.forward(q, k, v, pieces, sink_logits)
+        together = waits(q.device)
+        out = kv.forward(q, k, v, pieces, sink_logits, leave_last=together)
+        if together:
+            session.stores.append(kv)
         if self.layer_idx == session.first:
             session.started()
         if self.layer_idx == session.last:
             session.commit()
         return out
+
+    def advance(self, seen: tuple[int, ...]) -> None:
+        """A token came in for every row, and the device knows already.
+
+        Args:
+            seen: ``[B]`` tokens of each row with it.
+        """
+        assert self.kv is not None
+        self.kv.mark()
+        self.kv.seen = seen
+        self.padded += 1
 
     def _make_store(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> RaggedKV:
         index = self.session.param_index

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..policy import Policy
-from ..ragged import ROLLBACK_TOKENS, Ledger, Planner, Runs
+from ..ragged import ROLLBACK_TOKENS, Ledger, Planner, RaggedKV, Runs, update_together
+from ..transfer import waits
 from .recurrent import Recurrent, refuse
 
 
@@ -24,16 +25,20 @@ class Session:
     ``past_mask`` are what they were, so a call that fails on its way leaves them, and every layer
     that had gone ahead is told by the next call where it must go back to.
 
+    Where reading a tensor makes the host wait for the device, a call of one column goes on without
+    as soon as every row has begun: its tokens are taken as real, and the mask is read with the next
+    update, which waits anyway.
+
     Attributes:
         length: columns that all layers have seen.
         target: columns after the current call.
-        past_mask: ``[B, length]`` bool, None if there was no padding yet.
         runs: real columns of each row in the current call, None if all are.
         ends: ``[B]`` tokens of each row up to the end of its text, where a mask has turned the
             last ones into padding and not every memory has gone back behind it yet.
         recording: whether updates can be undone.
         hears_use_cache: whether attention is told the model's ``use_cache``.
         evicts: whether the policy decides; otherwise all tokens stay.
+        stores: of layers in the current call whose updates wait for its end.
         num_memories: layers with a memory.
     """
 
@@ -62,7 +67,9 @@ class Session:
         self.planner = Planner(self.policy.n_up)
         self.recurrent.clear()
         self.length = self.target = 0
-        self.past_mask: Tensor | None = None
+        self.stores: list[RaggedKV] = []
+        self._past: Tensor | None = None
+        self._unread: Tensor | None = None  # mask of the last call of one column
         self.runs: Runs | None = None
         self.ends: tuple[int, ...] | None = None
         self.recording = False
@@ -85,6 +92,7 @@ class Session:
             seen: real tokens of each row so far.
             width: columns of the call.
         """
+        self.stores.clear()
         self.recurrent.begin()
         self._read_mask(mask, seen, width)
         self.target = self.length + width
@@ -95,8 +103,17 @@ class Session:
 
     def commit(self) -> None:
         """The last layer with a memory has taken the tokens."""
-        self.length, self.past_mask, self.ends = self.target, self._mask, None
+        if any(kv.overdue is not None for kv in self.stores):
+            update_together(self.stores, self._faults())
+            self._unread = None
+        self.stores.clear()
+        self.length, self._past, self.ends = self.target, self._mask, None
         self.recurrent.commit()
+
+    def advance(self) -> None:
+        """All layers have taken a column of text, and the device knows already."""
+        self.length += 1
+        self.target = self.length
 
     def started(self) -> None:
         """The first layer with a memory has taken the tokens."""
@@ -170,6 +187,17 @@ class Session:
 
     # Masks ---------------------------------------------------------------------------------------
 
+    @property
+    def past_mask(self) -> Tensor | None:
+        """``[B, length]`` bool, None if there was no padding yet."""
+        if self._past is not None and self._past.shape[1] < self.length:
+            self._past = _longer(self._past, self.length - self._past.shape[1])
+        return self._past
+
+    @past_mask.setter
+    def past_mask(self, mask: Tensor | None) -> None:
+        self._past, self._unread = mask, None
+
     def _read_mask(self, mask: Tensor | None, seen: tuple[int, ...], width: int) -> None:
         """Take the real columns of each row from the mask of a call, once for all layers.
 
@@ -179,7 +207,7 @@ class Session:
         """
         self.runs = self._mask = None
         if mask is None:
-            if self.past_mask is not None:
+            if self._past is not None:
                 raise ValueError(
                     "namm: attention_mask must not change for tokens already in the cache; they "
                     "were padded, now there is no mask"
@@ -190,6 +218,10 @@ class Session:
                 f"namm: attention_mask must be [batch, tokens seen + new tokens] = "
                 f"[{len(seen)}, {self.length + width}], got {list(mask.shape)}"
             )
+        if width == 1 and all(seen) and waits(mask.device):  # padding in front is behind us
+            self._mask, self._unread = self._past, mask
+            return
+        self._unread = None
         mask = mask.bool()
         real = bool(mask.all())
         if not real or self.past_mask is not None:
@@ -202,6 +234,20 @@ class Session:
             if any(ended):
                 self.ends = tuple(s - n for s, n in zip(seen, ended, strict=True))
                 self._keep_mask(mask[:, : self.length].clone())
+
+    def _faults(self) -> list[tuple[Tensor, str]]:
+        """Whether the mask that nobody has read yet is not what it was taken for."""
+        if self._unread is None:
+            return []
+        unread = self._unread.bool()
+        missing = unread.shape[1] - (0 if self._past is None else self._past.shape[1])
+        past = torch.ones_like(unread) if self._past is None else _longer(self._past, missing)
+        message = (
+            "namm: attention_mask must be what it was for tokens already in the cache, and 1 for "
+            "the new token of a call of one column, got another one in the last calls; the memory "
+            "has taken them as text: start again with cache.reset()"
+        )
+        return [((unread != past).any(), message)]
 
     def _ended(self, old: Tensor) -> list[int]:
         """How many of each row's newest tokens are padding now.
@@ -222,16 +268,25 @@ class Session:
         return gone.sum(dim=1).tolist()
 
     def crop_mask(self, length: int) -> None:
-        if self.past_mask is not None:
-            self._keep_mask(self.past_mask[:, :length])
+        if self._unread is not None:
+            self._unread = self._unread[:, :length]
+        if self._past is not None:
+            self._keep_mask(self._past[:, :length])
 
     def select_mask(self, rows: Tensor) -> None:
-        if self.past_mask is not None:
-            self._keep_mask(self.past_mask[rows.to(self.past_mask.device)])
+        if self._unread is not None:
+            self._unread = self._unread[rows.to(self._unread.device)]
+        if self._past is not None:
+            self._keep_mask(self._past[rows.to(self._past.device)])
 
     def _keep_mask(self, mask: Tensor) -> None:
         # A batch without padding may come with a mask or without.
-        self.past_mask = None if bool(mask.all()) else mask
+        self._past = None if bool(mask.all()) else mask
+
+
+def _longer(mask: Tensor, columns: int) -> Tensor:
+    """A mask and so many columns of text more."""
+    return F.pad(mask, (0, columns), value=True)
 
 
 def _runs(mask: Tensor) -> Runs:

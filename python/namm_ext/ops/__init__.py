@@ -20,7 +20,7 @@ error.
 
 # These two are there for what they register.
 from . import fakes, refusals  # noqa: F401
-from .attention import attend, attend_, attention_received, spectrogram
+from .attention import attend, attend_, attention_received, record_, spectrogram
 from .scores import bam_scores, gate_, mlp_scores, select
 from .store import append_, compact
 
@@ -33,6 +33,7 @@ __all__ = [
     "compact",
     "gate_",
     "mlp_scores",
+    "record_",
     "select",
     "spectrogram",
 ]

@@ -111,6 +111,49 @@ def attend(
     return out, lse
 
 
+def record_(
+    q_window: Tensor,
+    lse_window: Tensor,
+    q: Tensor,
+    lse: Tensor,
+    first: Tensor,
+    num_new: Tensor,
+    pos_first: Tensor,
+) -> None:
+    """Put new queries and their log-sum-exps into the window of their layer, in place.
+
+    Column ``first[b] + i`` of row b, for i below ``num_new[b]``, stands at position p =
+    ``pos_first[b] + i`` and goes to window row ``16 + p % n_up``. The row is found from the
+    position on the device: the same call is right at any time of a period.
+
+    Args:
+        q_window: ``[B, H * G, 16 + n_up, D]``, written; contiguous in its last dimension.
+        lse_window: ``[B, H * G, 16 + n_up]`` float32, written.
+        q: ``[B, H * G, L, D]`` queries after RoPE, any strides over the first three dimensions.
+        lse: ``[B, H * G, L]`` float32, what :func:`attend_` wrote for them.
+        first: ``[B]`` int32, first real column.
+        num_new: ``[B]`` int32, number of real columns, none of them behind the end of the period.
+        pos_first: ``[B]`` int32, position of the first of them.
+
+    Raises:
+        RuntimeError: if an argument differs from the above; nothing has been written then.
+
+    Bit-exact on every device.
+
+    Example:
+        >>> i32 = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> q_window, lse_window = torch.zeros(1, 1, 20, 1), torch.zeros(1, 1, 20)
+        >>> record_(q_window, lse_window, torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2), i32(0),
+        ...         i32(2), i32(9))
+        >>> lse_window[0, 0, 16:].tolist()
+        [0.0, 1.0, 1.0, 0.0]
+    """
+    if q_window.dtype is torch.float64:
+        reference.record_(q_window, lse_window, q, lse, first, num_new, pos_first)
+        return
+    call(kernels.record_.default, q_window, lse_window, q, lse, first, num_new, pos_first)
+
+
 def spectrogram(
     window: Window,
     segments: Segments,

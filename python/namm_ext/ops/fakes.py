@@ -42,6 +42,11 @@ def _(*args: Any) -> None:
     return None
 
 
+@fake("record_")
+def _(*args: Any) -> None:
+    return None
+
+
 @fake("spectrogram")
 def _(
     q_window: Tensor, lse_window: Tensor, k: Tensor, pos: Tensor, state: Tensor, *_: Any

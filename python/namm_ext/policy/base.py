@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from ..budget import Budget, whole_tokens
+from ..transfer import from_host
 from ..values import Segments, Window
 from .calibration import Calibration
 
@@ -121,7 +122,7 @@ class Policy:
             return self._choose(scores, ctx, ctx.window.active, threshold, first)
         choices = []
         for room in (first, *others):  # the op has one size: rows of other sizes wait
-            mine = torch.tensor([r == room for r in rooms], device=scores.device)
+            mine = from_host([r == room for r in rooms], torch.bool, scores.device)
             choices.append(self._choose(scores, ctx, mine, threshold, room))
         # A row that waits keeps all it has, so the least is what the row's own call has decided.
         keep, num_kept = (torch.stack(parts).amin(0) for parts in zip(*choices, strict=True))
@@ -249,20 +250,21 @@ def as_budget(value: Budget | int | float | str | None, **fields: Any) -> Budget
     return value if isinstance(value, Budget) else Budget(value, **fields)
 
 
-def check_num_kept(num_kept: Tensor, ctx: UpdateContext) -> list[int]:
+def check_num_kept(num_kept: Tensor | Sequence[int], ctx: UpdateContext) -> list[int]:
     """Rows kept in each segment as ints, after making sure that no score was NaN.
 
     Args:
-        num_kept: ``[S]`` from :meth:`Policy.select`.
+        num_kept: ``[S]`` from :meth:`Policy.select`, or what the host has read of it.
         ctx: the update it belongs to, for the message.
 
     Returns:
-        S ints. One device synchronisation.
+        S ints. One device synchronisation for a tensor.
 
     Raises:
         ValueError: names the layer, batch row and KV head of the first NaN score.
     """
-    counts = [int(n) for n in num_kept.tolist()]
+    read = num_kept.tolist() if isinstance(num_kept, Tensor) else num_kept
+    counts = [int(n) for n in read]
     for s, n in enumerate(counts):
         if n < 0:
             row, head = divmod(s, ctx.num_kv_heads)

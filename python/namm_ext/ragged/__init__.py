@@ -19,6 +19,7 @@ from .files import from_tensors, to_tensors
 from .ledger import Ledger
 from .planner import CARRY, Due, Piece, Planner, Runs
 from .store import ROLLBACK_TOKENS, RaggedKV
+from .together import update_together
 from .undo import Store, lasting
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "from_tensors",
     "lasting",
     "to_tensors",
+    "update_together",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Ledger:
     """Bytes held now and at most, of keys and values (``kv``) and of everything else (``memory``).
@@ -23,6 +26,15 @@ class Ledger:
         self.peak = max(self.peak, self.kv + self.memory)
         if self.parent is not None:
             self.parent.add(kv, memory)
+
+    @contextmanager
+    def holding(self, memory: int) -> Iterator[None]:
+        """Bytes that are there within the block."""
+        self.add(0, memory)
+        try:
+            yield
+        finally:
+            self.add(0, -memory)
 
     def replace(self, old: tuple[int, int], new: tuple[int, int]) -> None:
         """Account for ``(kv, memory)`` bytes that replaced others which are gone already."""

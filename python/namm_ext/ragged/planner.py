@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..transfer import from_host
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,16 +35,13 @@ class Piece:
 
     Row b brings the columns ``[first[b], first[b] + num_new[b])`` of the call, at positions
     ``pos_first[b] ...``. ``columns`` is set if these are the same columns for every row; then the
-    tensors describe the slice, so ``first`` is 0. ``slot`` is the window row of the first token if
-    it is the same for every row; otherwise ``scatter`` lists (row, column, window row).
+    tensors describe the slice, so ``first`` is 0.
     """
 
     first: Tensor
     num_new: Tensor
     pos_first: Tensor
     columns: slice | None
-    slot: int | None
-    scatter: tuple[Tensor, Tensor, Tensor] | None
     width: int
     seen: tuple[int, ...]
     due: Due | None
@@ -101,18 +100,14 @@ class Planner:
             now = [row[0] if row else (0, 0) for row in waiting]
             first, left = [f for f, _ in now], [n for _, n in now]
             num_new = [min(n_up - s % n_up, n) for s, n in zip(seen, left, strict=True)]
-            slots = [CARRY + s % n_up for s in seen]
             after = tuple(s + n for s, n in zip(seen, num_new, strict=True))
             same_columns = len(set(first)) == len(set(num_new)) == 1
             columns = slice(first[0], first[0] + num_new[0]) if same_columns else None
-            slot = slots[0] if same_columns and len(set(slots)) == 1 else None
             yield Piece(
                 first=self._tensor((0,) * len(seen) if same_columns else tuple(first), device),
                 num_new=self._tensor(tuple(num_new), device),
                 pos_first=self._positions(seen, device),
                 columns=columns,
-                slot=slot,
-                scatter=None if slot is not None else _scatter(first, num_new, slots, device),
                 width=num_new[0] if same_columns else num_cols,
                 seen=after,
                 due=self.due(
@@ -136,15 +131,15 @@ class Planner:
             s - CARRY - (self.n_up if due else s % self.n_up)
             for s, due in zip(seen, rows, strict=True)
         )
-        active = torch.tensor(rows, device=device)
+        active = from_host(rows, torch.bool, device)
         return Due(rows, active, self._tensor(pos_q, device), seen)
 
     @staticmethod
     def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
-        # A fill needs no copy from the host, so decoding an unpadded batch never waits.
+        # A fill needs no copy from the host.
         if len(set(values)) == 1:
             return torch.full((len(values),), values[0], dtype=torch.int32, device=device)
-        return torch.tensor(values, dtype=torch.int32, device=device)
+        return from_host(values, torch.int32, device)
 
     def _positions(self, seen: tuple[int, ...], device: torch.device) -> Tensor:
         """As ``_tensor``; rows that all moved by the same step reuse the last tensor."""
@@ -156,17 +151,3 @@ class Planner:
                 return self._base[1]
         self._base = (seen, self._tensor(seen, device))
         return self._base[1]
-
-
-def _scatter(
-    first: list[int], num_new: list[int], slots: list[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows: list[int] = []
-    cols: list[int] = []
-    window_rows: list[int] = []
-    for b, (f, n, slot) in enumerate(zip(first, num_new, slots, strict=True)):
-        rows += [b] * n
-        cols += range(f, f + n)
-        window_rows += range(slot, slot + n)
-    index = torch.tensor([rows, cols, window_rows], device=device)
-    return index[0], index[1], index[2]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..policy import Policy, UpdateContext, check_num_kept
+from ..transfer import from_host
 from ..values import Segments, Window
 from .ledger import Ledger
 from .planner import CARRY, Due, Piece, Planner
@@ -21,6 +22,23 @@ ROLLBACK_TOKENS = 128
 
 
 _KEEPS_ALL = Policy()  # without a limit
+
+
+class Decision(NamedTuple):
+    """What an update has decided and not yet done."""
+
+    due: Due
+    context: UpdateContext
+    scores: Tensor
+    state: Tensor
+    keep: Tensor
+    num_kept: Tensor
+
+    @property
+    def transient_bytes(self) -> int:
+        """Bytes that it holds besides the store."""
+        own = () if self.state is self.context.segments.state else (self.state,)
+        return sum(tensor.nbytes for tensor in (self.scores, self.keep, *own))
 
 
 class Cropped(NamedTuple):
@@ -150,6 +168,8 @@ class RaggedKV:
         v: Tensor,
         pieces: Sequence[Piece],
         sink_logits: Tensor | None = None,
+        *,
+        leave_last: bool = False,
     ) -> Tensor:
         """Take in new tokens and attend to what the layer remembers.
 
@@ -158,6 +178,7 @@ class RaggedKV:
             pieces: of a ``Planner`` for ``seen`` and L.
             sink_logits: ``[Hq]``, the logit of a column of each query head that takes its part of
                 the attention and has no value (GPT-OSS).
+            leave_last: leave an update behind the last piece ``overdue``, for the caller to make.
 
         Returns:
             ``[B, L, Hq, Dv]``; zero in padding columns.
@@ -165,13 +186,12 @@ class RaggedKV:
         if self.overdue is not None:
             self.update(self.overdue)
         shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-        dense = all(piece.columns is not None for piece in pieces)
-        dense = dense and sum(piece.width for piece in pieces) == q.shape[2]
+        dense = sum(p.width for p in pieces if p.columns is not None) == q.shape[2]
         out = q.new_empty(shape) if dense else q.new_zeros(shape)
         for piece in pieces:
             self.append(k, v, piece)
             self.attend(q, out, piece, sink_logits)
-            if piece.due is not None:
+            if piece.due is not None and not (leave_last and piece is pieces[-1]):
                 self.update(piece.due)
         return out
 
@@ -189,25 +209,17 @@ class RaggedKV:
         """Attention of the piece's queries, into their columns of ``out``; fills the windows."""
         if piece.columns is not None and piece.width != q.shape[2]:
             q, out = q[:, :, piece.columns], out[:, piece.columns]
-        windowed = self.q_window.shape[2] > 0
-        if windowed and piece.slot is not None:
-            end = piece.slot + piece.width
-            lse = self.lse_window[:, :, piece.slot : end]
-            self.q_window[:, :, piece.slot : end].copy_(q)
-        else:
-            lse = self.lse_window.new_empty(q.shape[:3])
+        lse = self.lse_window.new_empty(q.shape[:3])
         ops.attend_(
             out, lse, q, self.store.segments, piece.first, piece.num_new, piece.pos_first,
             softmax_scale=self.softmax_scale,
         )  # fmt: skip
         if sink_logits is not None:
             _add_sink(out, lse, piece, sink_logits)
-        if windowed and piece.scatter is not None:
-            rows, cols, slots = piece.scatter
-            if piece.columns is not None:
-                cols = cols - piece.columns.start
-            self.q_window[rows, :, slots] = q[rows, :, cols]
-            self.lse_window[rows, :, slots] = lse[rows, :, cols]
+        if self.q_window.shape[2]:
+            ops.record_(
+                self.q_window, self.lse_window, q, lse, piece.first, piece.num_new, piece.pos_first
+            )
 
     @lasting
     def update(self, due: Due) -> None:
@@ -217,9 +229,17 @@ class RaggedKV:
             ValueError: if the policy's scores are NaN, naming layer, row and head. The store is
                 then as it was before the call, as with any other failure.
         """
-        old = self.store
+        decision = self.decide(due)
+        counts = check_num_kept(decision.num_kept, decision.context)
+        with self.ledger.holding(decision.transient_bytes):
+            self.renew(decision, counts)
+
+    @lasting
+    def decide(self, due: Due) -> Decision:
+        """What stays of the rows that are due, known to the device alone."""
+        segments = self.store.segments
         context = UpdateContext(
-            segments=old.segments,
+            segments=segments,
             window=Window(self.q_window, self.lse_window, due.pos_q, due.active),
             softmax_scale=self.softmax_scale,
             layer_idx=self.layer_idx,
@@ -231,21 +251,27 @@ class RaggedKV:
         scores, state = self.policy.update(context)
         decides = self.policy if self.evicts else _KEEPS_ALL
         keep, num_kept = decides.select(scores, context)
-        counts = check_num_kept(num_kept, context)  # the one wait of an update
+        return Decision(due, context, scores, state, keep, num_kept)
+
+    @lasting
+    def renew(self, decision: Decision, counts: Sequence[int]) -> None:
+        """Build the new store of a decision.
+
+        Args:
+            decision: of ``decide``; nothing came in since.
+            counts: ``decision.num_kept``, as the host reads it.
+        """
+        old, due, keep = self.store, decision.due, decision.keep
         kept = tuple(
             n if due.rows[s // self.num_kv_heads] else old.kept[s] for s, n in enumerate(counts)
         )
         slots = tuple(n + self.n_up for n in kept)
         ends = [0, *accumulate(slots)]
-        cu_seqlens_k = torch.tensor(ends, dtype=torch.int32, device=num_kept.device)
-        scored = old.segments._replace(state=state)
-        compacted = ops.compact(scored, keep, num_kept, cu_seqlens_k, capacity=ends[-1])
+        cu_seqlens_k = from_host(ends, torch.int32, keep.device)
+        scored = old.segments._replace(state=decision.state)
+        compacted = ops.compact(scored, keep, decision.num_kept, cu_seqlens_k, capacity=ends[-1])
         new = Store(compacted, slots, kept)
-        transient = scores.nbytes + keep.nbytes
-        if state is not old.segments.state:
-            transient += state.nbytes
-        self.ledger.add(new.kv_bytes, new.memory_bytes + transient)
-        self.ledger.add(0, -transient)
+        self.ledger.add(new.kv_bytes, new.memory_bytes)
         self._commit(new, due)
 
     def _commit(self, new: Store, due: Due) -> None:
@@ -261,11 +287,13 @@ class RaggedKV:
         else:
             self.ledger.add(-self.store.kv_bytes, -self.store.memory_bytes)
         if q_window.shape[2]:
-            rows = slice(None) if all(due.rows) else due.active
             for window in (q_window, lse_window):
-                tail = window[rows, :, self.n_up :]
+                head, tail = window[:, :, :CARRY], window[:, :, self.n_up :]
+                if not all(due.rows):
+                    active = due.active.view(-1, *[1] * (window.dim() - 1))
+                    tail = torch.where(active, tail, head)
                 # Rows overlap if n_up < CARRY.
-                window[rows, :, :CARRY] = tail.clone() if self.n_up < CARRY else tail
+                head.copy_(tail.clone() if self.n_up < CARRY else tail)
         self.store, self.q_window, self.lse_window = new, q_window, lse_window
         self.overdue = None
         self.num_updates += 1
@@ -373,7 +401,7 @@ class RaggedKV:
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make batch row i a copy of the old row ``rows[i]``; drops the recorded past."""
         sources = [(self._now, row) for row in rows]
-        index = torch.tensor(rows, device=self.param_index.device)
+        index = from_host(rows, torch.int64, self.param_index.device)
         self.param_index = self.param_index[index]
         self._become(gather(sources, self.num_kv_heads, self.n_up, [0] * len(rows)))
 

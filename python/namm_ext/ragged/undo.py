@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..transfer import from_host
 from ..values import Segments
 from .planner import CARRY
 
@@ -103,7 +104,7 @@ def gather(
     # From the host's books: the device may be ahead after a call that failed.
     used = [n + since[i // num_kv_heads] for i, n in enumerate(kept)]
     device = first.store.segments.k.device
-    seqused_k = torch.tensor(used, dtype=torch.int32, device=device)
+    seqused_k = from_host(used, torch.int32, device)
     if all(v is first and b == i for i, (v, b) in enumerate(sources)) and len(sources) == len(
         first.seen
     ):
@@ -116,7 +117,7 @@ def gather(
         for v, b in sources
     ]
     slots = tuple(v.store.slots[s] for v, s in segments)
-    cu_seqlens_k = torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=device)
+    cu_seqlens_k = from_host([0, *accumulate(slots)], torch.int32, device)
     tokens = (
         torch.cat([v.store.segments[i][rows] for v, rows in spans])
         for i in range(len(first.store.segments.tokens))
@@ -140,7 +141,7 @@ def without_tails(
     rows, segment = old.segments.live_rows()
     device = rows.device
     limits = [2**31 - 1 if end is None else end for end in ends for _ in range(num_kv_heads)]
-    stays = old.segments.pos[rows] < torch.tensor(limits, device=device)[segment]
+    stays = old.segments.pos[rows] < from_host(limits, torch.int64, device)[segment]
     keep = torch.zeros(old.segments.capacity, dtype=torch.uint8, device=device)
     keep[rows] = stays.to(torch.uint8)
     num_kept = torch.zeros_like(old.segments.seqused_k)
@@ -151,7 +152,7 @@ def without_tails(
     )
     slots = tuple(n + n_up for n in kept)
     total = [0, *accumulate(slots)]
-    cu_seqlens_k = torch.tensor(total, dtype=torch.int32, device=device)
+    cu_seqlens_k = from_host(total, torch.int32, device)
     segments = ops.compact(old.segments, keep, num_kept, cu_seqlens_k, capacity=total[-1])
     # The queries behind an end must not count in the next update.
     lse_window = version.lse_window.clone()
