@@ -1,0 +1,296 @@
+#!/usr/bin/env python3
+"""What memories that never saw control are worth to a Decision Transformer, zero-shot.
+
+    python bench/control.py --json bench/results/control.json
+    python bench/control.py --markdown bench/results/control.json
+
+The bundled model acts in corridors of the test split (``namm_ext.tasks.corridor``): 200 steps, 600
+tokens. Memories of language models and published rules keep a share of them; what they know of the
+model is a calibration on eight recorded episodes. Returns are normalised: 0 is an agent at random,
+100 one that forgets nothing and errs never. With ``--noise`` so many of the actions are random, so
+that there are worse ones to forget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from namm_ext import NAMM, zoo
+from namm_ext.answers import interval
+from namm_ext.baselines import H2O, TOVA, KeyDiff, KNorm, LagKV, Random, SnapKV, StreamingLLM
+from namm_ext.budget import Budget
+from namm_ext.fitting import calibrate, calibrate_statistics, targets_of
+from namm_ext.integrations.control import KINDS, Rollout, one_hot, roll_out
+from namm_ext.integrations.episodes import as_texts
+from namm_ext.measure.methods import at_pace, fixed_budget, tuned_rules
+from namm_ext.policy import Policy
+from namm_ext.tasks.corridor import DOOR, SIGN, Corridor, CorridorConfig, record
+
+FULL = "full cache"
+CORRIDOR = CorridorConfig()
+TOKENS = len(KINDS) * CORRIDOR.steps
+#: Memories of language models, without what belongs to their model alone.
+MEMORIES = {"NAMM of SmolLM2": "smollm2-135m-attention", "NAMM of stdlib-1m": "stdlib-1m"}
+#: Rules that need no calibration with equal parts of every head.
+RULES = (H2O, TOVA, SnapKV, KeyDiff, KNorm, LagKV)
+#: Episodes that memories are calibrated on, tokens of each that are looked back at.
+CALIBRATION, TEXT = 8, 384
+
+Choose = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Watched:
+    """A corridor that writes down what was seen and how good the actions were."""
+
+    def __init__(self, corridor: Corridor) -> None:
+        self.corridor = corridor
+
+    def reset(self) -> np.ndarray:
+        self.kinds: list[np.ndarray] = []
+        self.in_use: list[np.ndarray] = []
+        self.best: list[np.ndarray] = []
+        return self.corridor.reset()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        c = self.corridor
+        here = (np.arange(len(c)), c.cell)
+        asked = [set(row[kind == DOOR]) for row, kind in zip(c.colour, c.kind, strict=True)]
+        self.kinds.append(c.kind[here])
+        self.in_use.append(
+            np.array([x in colours for x, colours in zip(c.colour[here], asked, strict=True)])
+        )
+        result = c.step(actions)
+        self.best.append(c.was_best)
+        return result
+
+    def groups(self) -> dict[str, tuple[str, torch.Tensor]]:
+        """What tokens are told apart: their kind, and the steps ``[B, T]``."""
+        kinds, used, best = (
+            torch.from_numpy(np.stack(part, axis=1))
+            for part in (self.kinds, self.in_use, self.best)
+        )
+        every = torch.ones_like(best)
+        return {
+            **{kind: (kind, every) for kind in KINDS},
+            "signs in use": ("state", (kinds == SIGN) & used),
+            "idle signs": ("state", (kinds == SIGN) & ~used),
+            "doors": ("state", kinds == DOOR),
+            "best actions": ("action", best),
+            "other actions": ("action", ~best),
+        }
+
+
+def policies(model: Any, n_up: int) -> dict[str, Policy]:
+    """What is compared, by name, without a size; calibrated where layers share a budget."""
+    seen = record(Corridor(range(CALIBRATION), "train", CORRIDOR), [0.0, 0.3] * 4, seed=0)
+    reader, texts = as_texts(
+        model,
+        torch.from_numpy(seen.states),
+        one_hot_of(seen.actions),
+        torch.from_numpy(seen.returns_to_go / CORRIDOR.doors),
+        length=TEXT,
+    )
+    targets = targets_of(reader, texts)
+    found: dict[str, Policy] = {}
+    for name, bundled in MEMORIES.items():
+        memory = NAMM.from_pretrained(f"bundled:{bundled}").with_calibration(None).with_gate(None)
+        memory = memory.with_config(n_up=n_up)
+        # As it is: its own statistics, equal parts for the layers.
+        found[f"{name}, as it is"] = memory.with_budget(
+            Budget(0.25, scope="per_layer", sink_tokens=4)
+        )
+        memory = memory.with_budget(Budget(0.25, scope="global", sink_tokens=4, recent_tokens=32))
+        memory = calibrate_statistics(memory, reader, texts)
+        found[name] = calibrate(memory, reader, texts, targets=targets)
+    tuned = tuned_rules("smollm2-135m")
+    for rule in RULES:
+        name = rule.__name__
+        found[f"{name}, per head"] = at_pace(rule(0.25), n_up)
+        shared = at_pace(tuned[name], n_up)
+        if shared.needs_calibration:
+            shared = calibrate(shared, reader, texts, targets=targets)
+        found[name] = shared
+    found["StreamingLLM"] = StreamingLLM(0.25, n_up)
+    found["Random"] = Random(Budget(0.25, sink_tokens=4, recent_tokens=0.25), n_up)
+    return found
+
+
+def one_hot_of(actions: np.ndarray) -> torch.Tensor:
+    """``[..., act_dim]`` float32."""
+    return torch.nn.functional.one_hot(torch.from_numpy(actions), CORRIDOR.act_dim).float()
+
+
+def noisy(noise: float, seed: int) -> Choose:
+    """The best of the predicted actions; so often any."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(predicted: torch.Tensor) -> torch.Tensor:
+        at_random = torch.rand(len(predicted), 1, generator=generator) < noise
+        anything = torch.rand(predicted.shape, generator=generator)
+        return one_hot(torch.where(at_random, anything, predicted))
+
+    return choose
+
+
+def act(
+    model: Any, policy: Policy | None, seed: int, episodes: int, noise: float
+) -> tuple[Rollout, Watched]:
+    """One set of corridors; the random actions are the same for every memory."""
+    first = 1000 * seed
+    watched = Watched(Corridor(range(first, first + episodes), "test", CORRIDOR))
+    found = roll_out(
+        model, policy, watched, [1.0] * episodes,
+        max_steps=CORRIDOR.steps, reward_scale=CORRIDOR.doors, choose=noisy(noise, seed),
+    )  # fmt: skip
+    return found, watched
+
+
+def measure(
+    model: Any, policy: Policy | None, seeds: Sequence[int], episodes: int, noise: float
+) -> dict[str, Any]:
+    """Returns of all episodes, and the shares of tokens that are dropped by group."""
+    returns: list[float] = []
+    shares: dict[str, list[float]] = {}
+    kept = []
+    began = time.perf_counter()
+    for seed in seeds:
+        found, watched = act(model, policy, seed, episodes, noise)
+        returns += found.returns.tolist()
+        kept.append(found.kept_fraction)
+        for name, (kind, where) in watched.groups().items():
+            shares.setdefault(name, []).extend(found.dropped(kind, where).tolist())
+    row: dict[str, Any] = {
+        "returns": returns,
+        "kept": sum(kept) / len(kept),
+        "seconds": round(time.perf_counter() - began, 1),
+        "dropped": {name: float(np.nanmean(values)) for name, values in shares.items()
+                    if not np.isnan(values).all()},
+    }  # fmt: skip
+    for name, (a, b) in {
+        "other - best actions": ("other actions", "best actions"),
+        "idle signs - signs in use": ("idle signs", "signs in use"),
+    }.items():
+        pairs = np.array([shares[a], shares[b]])
+        pairs = pairs[:, ~np.isnan(pairs).any(0)]
+        if pairs.shape[1] > 1:
+            row[name] = interval(
+                list(pairs), np.arange(pairs.shape[1]), statistic=lambda x, y: x - y
+            )
+    return row
+
+
+def normalised(row: dict[str, Any], full: dict[str, Any], random: np.ndarray, seeds: int) -> None:
+    """Adds the return from 0 to 100 with its interval, for each seed too, and against the full
+    cache's on the same corridors."""
+    own, all_ = np.array(row["returns"]), np.array(full["returns"])
+    floor = float(random.mean())
+    scale = 100 / (CORRIDOR.doors - floor)
+    index = np.arange(len(own))
+    sets = index // (len(own) // seeds)
+    row["return"] = interval([own], index, tasks=sets, statistic=lambda x: scale * (x - floor))
+    row["of_full"] = interval(
+        [own, all_], index, tasks=sets,
+        statistic=lambda x, y: 100 * (x - floor) / (y - floor),
+    )  # fmt: skip
+    row["by_seed"] = [float(scale * (part.mean() - floor)) for part in np.split(own, seeds)]
+
+
+def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of the table, the full cache first at each noise."""
+    seeds = list(range(args.seeds))
+    random = np.concatenate([
+        record(Corridor(range(1000 * s, 1000 * s + args.episodes), "test", CORRIDOR), 1.0, s)
+        .rewards.sum(1) for s in seeds
+    ])  # fmt: skip
+    for folder in args.model or [None]:
+        model = zoo.load_controller() if folder is None else zoo.load_controller(folder)
+        name = zoo.DEFAULT_CONTROLLER if folder is None else Path(folder).name
+        methods = policies(model, args.n_up)
+        chosen = {m: p for m, p in methods.items() if not args.method or m in args.method}
+        for noise in args.noise:
+            full = measure(model, None, seeds, args.episodes, noise)
+            for keep in (1.0, *args.keep):
+                for method, policy in ({FULL: None} if keep == 1 else chosen).items():
+                    row = full
+                    if policy is not None:
+                        sized = fixed_budget(policy, keep, TOKENS)
+                        row = measure(model, sized, seeds, args.episodes, noise)
+                    normalised(row, full, random, args.seeds)
+                    yield {"model": name, "method": method, "keep": keep, "noise": noise, **row}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    value, low, high = row["return"]
+    dropped = " ".join(f"{k}:{v:.2f}" for k, v in row["dropped"].items())
+    return (
+        f"{row['model']} noise {row['noise']} keep {row['keep']:5.3f} {row['method']:28s} "
+        f"{value:5.1f} ({low:.1f}-{high:.1f}) kept {row['kept']:.3f} {dropped} {row['seconds']} s"
+    )
+
+
+def markdown(content: dict[str, Any], noise: float, model: str) -> str:
+    """The returns of every method at every budget, best first at the smallest but one."""
+    rows = [r for r in content["rows"] if r["noise"] == noise and r["model"] == model]
+    keeps = sorted({row["keep"] for row in rows} - {1.0}, reverse=True)
+    by = {(row["method"], row["keep"]): row for row in rows}
+    names = sorted(
+        {row["method"] for row in rows} - {FULL},
+        key=lambda name: -by[name, keeps[min(1, len(keeps) - 1)]]["return"][0],
+    )
+    heads = " | ".join(f"{keep:.1%} kept".replace(".0%", " %") for keep in keeps)
+    lines = [f"| return | {heads} |", "|---|" + "---:|" * len(keeps)]
+
+    def cell(row: dict[str, Any]) -> str:
+        value, low, high = row["return"]
+        return f"{value:.1f} ({low:.1f}-{high:.1f})"
+
+    full = cell(by[FULL, 1.0])
+    lines.append(f"| {FULL} |" + f" {full} |" * len(keeps))
+    for name in names:
+        bold = f"**{name}**" if name.startswith("NAMM") else name
+        lines.append(f"| {bold} | " + " | ".join(cell(by[name, k]) for k in keeps) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", action="append", help="folder of a model; the bundled one")
+    parser.add_argument("--method", action="append", help="names; all by default")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.2])
+    parser.add_argument("--seeds", type=int, default=3, help="sets of corridors")
+    parser.add_argument("--episodes", type=int, default=64, help="corridors of a set")
+    parser.add_argument("--n-up", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path, help="only print the tables of this file")
+    args = parser.parse_args()
+    if args.markdown:
+        content = json.loads(args.markdown.read_text(encoding="utf-8"))
+        for model, noise in dict.fromkeys((r["model"], r["noise"]) for r in content["rows"]):
+            print(f"\n{model}, noise {noise}\n\n{markdown(content, noise, model)}")
+        return 0
+    names = ("keep", "noise", "seeds", "episodes", "n_up")
+    settings = {name: getattr(args, name) for name in names}
+    rows: list[dict[str, Any]] = []
+    for row in compare(args):
+        rows.append(row)
+        print(line(row), flush=True)
+        if args.json:  # after each row: what is measured is not lost
+            content = {"settings": {**settings, "torch": torch.__version__}, "rows": rows}
+            args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

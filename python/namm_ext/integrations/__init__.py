@@ -1,0 +1,1 @@
+"""Models of transformers that do not generate text, with a memory."""
