@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ MEMORIES = {"NAMM of SmolLM2": "smollm2-135m-attention", "NAMM of stdlib-1m": "s
 RULES = (H2O, TOVA, SnapKV, KeyDiff, KNorm, LagKV)
 #: Episodes that memories are calibrated on, tokens of each that are looked back at.
 CALIBRATION, TEXT = 8, 384
+#: Probability of a random action in these, in turn.
+NOISE = (0.0, 0.3)
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
 
@@ -88,9 +91,14 @@ class Watched:
         }
 
 
-def policies(model: Any, n_up: int) -> dict[str, Policy]:
-    """What is compared, by name, without a size; calibrated where layers share a budget."""
-    seen = record(Corridor(range(CALIBRATION), "train", CORRIDOR), [0.0, 0.3] * 4, seed=0)
+def policies(model: Any, n_up: int, names: Sequence[str] | None = None) -> dict[str, Policy]:
+    """What is compared, by name, without a size; calibrated where layers share a budget.
+
+    Raises:
+        ValueError: if there is nothing of a name.
+    """
+    noise = np.resize(NOISE, CALIBRATION)
+    seen = record(Corridor(range(CALIBRATION), "train", CORRIDOR), noise, seed=0)
     reader, texts = as_texts(
         model,
         torch.from_numpy(seen.states),
@@ -99,28 +107,36 @@ def policies(model: Any, n_up: int) -> dict[str, Policy]:
         length=TEXT,
     )
     targets = targets_of(reader, texts)
-    found: dict[str, Policy] = {}
-    for name, bundled in MEMORIES.items():
-        memory = NAMM.from_pretrained(f"bundled:{bundled}").with_calibration(None).with_gate(None)
-        memory = memory.with_config(n_up=n_up)
-        # As it is: its own statistics, equal parts for the layers.
-        found[f"{name}, as it is"] = memory.with_budget(
-            Budget(0.25, scope="per_layer", sink_tokens=4)
-        )
-        memory = memory.with_budget(Budget(0.25, scope="global", sink_tokens=4, recent_tokens=32))
-        memory = calibrate_statistics(memory, reader, texts)
-        found[name] = calibrate(memory, reader, texts, targets=targets)
     tuned = tuned_rules("smollm2-135m")
+    shared = Budget(0.25, scope="global", sink_tokens=4, recent_tokens=32)
+
+    def as_it_is(bundled: str) -> NAMM:
+        memory = NAMM.from_pretrained(f"bundled:{bundled}").with_calibration(None).with_gate(None)
+        # Its own statistics, equal parts for the layers.
+        budget = Budget(0.25, scope="per_layer", sink_tokens=4)
+        return memory.with_config(n_up=n_up).with_budget(budget)
+
+    def calibrated(bundled: str) -> Policy:
+        memory = calibrate_statistics(as_it_is(bundled).with_budget(shared), reader, texts)
+        return calibrate(memory, reader, texts, targets=targets)
+
+    def as_tuned(name: str) -> Policy:
+        rule = at_pace(tuned[name], n_up)
+        return calibrate(rule, reader, texts, targets=targets) if rule.needs_calibration else rule
+
+    recipes: dict[str, Callable[[], Policy]] = {}
+    for name, bundled in MEMORIES.items():
+        recipes[name] = partial(calibrated, bundled)
+        recipes[f"{name}, as it is"] = partial(as_it_is, bundled)
     for rule in RULES:
-        name = rule.__name__
-        found[f"{name}, per head"] = at_pace(rule(0.25), n_up)
-        shared = at_pace(tuned[name], n_up)
-        if shared.needs_calibration:
-            shared = calibrate(shared, reader, texts, targets=targets)
-        found[name] = shared
-    found["StreamingLLM"] = StreamingLLM(0.25, n_up)
-    found["Random"] = Random(Budget(0.25, sink_tokens=4, recent_tokens=0.25), n_up)
-    return found
+        recipes[rule.__name__] = partial(as_tuned, rule.__name__)
+        recipes[f"{rule.__name__}, per head"] = partial(rule, 0.25, n_up)
+    recipes["StreamingLLM"] = partial(StreamingLLM, 0.25, n_up)
+    recipes["Random"] = partial(Random, Budget(0.25, sink_tokens=4, recent_tokens=0.25), n_up)
+    for name in names or ():
+        if name not in recipes:
+            raise ValueError(f"--method must be one of {'; '.join(recipes)}, got {name!r}")
+    return {name: recipe() for name, recipe in recipes.items() if names is None or name in names}
 
 
 def one_hot_of(actions: np.ndarray) -> torch.Tensor:
@@ -213,8 +229,7 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for folder in args.model or [None]:
         model = zoo.load_controller() if folder is None else zoo.load_controller(folder)
         name = zoo.DEFAULT_CONTROLLER if folder is None else Path(folder).name
-        methods = policies(model, args.n_up)
-        chosen = {m: p for m, p in methods.items() if not args.method or m in args.method}
+        chosen = policies(model, args.n_up, args.method)
         for noise in args.noise:
             full = measure(model, None, seeds, args.episodes, noise)
             for keep in (1.0, *args.keep):
