@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from namm_ext import NAMM, zoo
 from namm_ext.answers import interval
-from namm_ext.baselines import H2O, TOVA, KeyDiff, KNorm, LagKV, Random, SnapKV, StreamingLLM
+from namm_ext.baselines import H2O, TOVA, KeyDiff, KNorm, Random, SnapKV, StreamingLLM
 from namm_ext.budget import Budget
 from namm_ext.fitting import calibrate, calibrate_statistics, targets_of
 from namm_ext.integrations.control import KINDS, Rollout, one_hot, roll_out
@@ -41,7 +41,7 @@ TOKENS = len(KINDS) * CORRIDOR.steps
 #: Memories of language models, without what belongs to their model alone.
 MEMORIES = {"NAMM of SmolLM2": "smollm2-135m-attention", "NAMM of stdlib-1m": "stdlib-1m"}
 #: Rules that need no calibration with equal parts of every head.
-RULES = (H2O, TOVA, SnapKV, KeyDiff, KNorm, LagKV)
+RULES = (H2O, TOVA, SnapKV, KeyDiff, KNorm)
 #: Episodes that memories are calibrated on, tokens of each that are looked back at.
 CALIBRATION, TEXT = 8, 384
 #: Probability of a random action in these, in turn.
@@ -60,16 +60,18 @@ class Watched:
         self.kinds: list[np.ndarray] = []
         self.in_use: list[np.ndarray] = []
         self.best: list[np.ndarray] = []
-        return self.corridor.reset()
+        c = self.corridor
+        doors = [set(row[kind == DOOR]) for row, kind in zip(c.colour, c.kind, strict=True)]
+        self.asked = np.array(
+            [[x in colours for x in row] for row, colours in zip(c.colour, doors, strict=True)]
+        )
+        return c.reset()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         c = self.corridor
         here = (np.arange(len(c)), c.cell)
-        asked = [set(row[kind == DOOR]) for row, kind in zip(c.colour, c.kind, strict=True)]
         self.kinds.append(c.kind[here])
-        self.in_use.append(
-            np.array([x in colours for x, colours in zip(c.colour[here], asked, strict=True)])
-        )
+        self.in_use.append(self.asked[here])
         result = c.step(actions)
         self.best.append(c.was_best)
         return result
@@ -285,7 +287,7 @@ def main() -> int:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.125])
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.2])
     parser.add_argument("--seeds", type=int, default=3, help="sets of corridors")
-    parser.add_argument("--episodes", type=int, default=64, help="corridors of a set")
+    parser.add_argument("--episodes", type=int, default=32, help="corridors of a set")
     parser.add_argument("--n-up", type=int, default=64)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="only print the tables of this file")
