@@ -6,9 +6,9 @@
 
 The bundled model acts in corridors of the test split (``namm_ext.tasks.corridor``): 200 steps, 600
 tokens. Memories of language models and published rules keep a share of them; what they know of the
-model is a calibration on eight recorded episodes. Returns are normalised: 0 is an agent at random,
-100 one that forgets nothing and errs never. With ``--noise`` so many of the actions are random, so
-that there are worse ones to forget.
+model is a calibration on eight recorded episodes. One memory is not zero-shot: its gate is fitted to
+the same episodes. Returns are normalised: 0 is an agent at random, 100 one that forgets nothing and
+never errs. With ``--noise`` so many of the actions are random, so that there are worse ones to forget.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from namm_ext import NAMM, zoo
+from namm_ext import NAMM, NAMMConfig, zoo
 from namm_ext.answers import interval
 from namm_ext.baselines import H2O, TOVA, KeyDiff, KNorm, Random, SnapKV, StreamingLLM
 from namm_ext.budget import Budget
-from namm_ext.fitting import calibrate, calibrate_statistics, targets_of
+from namm_ext.fitting import FitConfig, calibrate, calibrate_statistics, fit, targets_of
 from namm_ext.integrations.control import KINDS, Rollout, one_hot, roll_out
 from namm_ext.integrations.episodes import as_texts
 from namm_ext.measure.methods import at_pace, fixed_budget, tuned_rules
@@ -40,6 +40,8 @@ CORRIDOR = CorridorConfig()
 TOKENS = len(KINDS) * CORRIDOR.steps
 #: Memories of language models, without what belongs to their model alone.
 MEMORIES = {"NAMM of SmolLM2": "smollm2-135m-attention", "NAMM of stdlib-1m": "stdlib-1m"}
+#: What a memory is that sees no attention, only keys and values.
+GATE = NAMMConfig(scorer="none")
 #: Rules that need no calibration with equal parts of every head.
 RULES = (H2O, TOVA, SnapKV, KeyDiff, KNorm)
 #: Episodes that memories are calibrated on, tokens of each that are looked back at.
@@ -126,7 +128,11 @@ def policies(model: Any, n_up: int, names: Sequence[str] | None = None) -> dict[
         rule = at_pace(tuned[name], n_up)
         return calibrate(rule, reader, texts, targets=targets) if rule.needs_calibration else rule
 
-    recipes: dict[str, Callable[[], Policy]] = {}
+    def fitted() -> Policy:
+        config = FitConfig(namm=GATE.replace(n_up=n_up), budget=shared)
+        return fit(reader, texts, config).policy
+
+    recipes: dict[str, Callable[[], Policy]] = {"NAMM, a gate fitted here": fitted}
     for name, bundled in MEMORIES.items():
         recipes[name] = partial(calibrated, bundled)
         recipes[f"{name}, as it is"] = partial(as_it_is, bundled)

@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers
 from hf_models import evicting_policy, namm_oracle, positions, under_oracle
-from namm_ext import NAMMCache, apply, patch, remove
+from namm_ext import Budget, NAMMCache, NAMMConfig, apply, patch, remove
 from namm_ext.baselines import H2O, KeyDiff, NeverEvict, StreamingLLM
 from namm_ext.cache import borrow
-from namm_ext.fitting import calibrate, calibrate_statistics, targets_of
+from namm_ext.fitting import FitConfig, calibrate, calibrate_statistics, fit, targets_of
 from namm_ext.integrations.control import Stepper, kept_tokens, one_hot, roll_out
 from namm_ext.integrations.episodes import as_texts
 
@@ -360,6 +360,17 @@ def test_memories_are_calibrated_on_episodes() -> None:
         assert report.tokens_kept / (3 * 2 * 4) == pytest.approx(20, abs=1.01)
     heads = {n for layer in report.layers for row in layer.kept for n in row}
     assert len(heads) > 3  # KeyDiff gives each its own part
+    remove(model)
+
+
+def test_a_gate_is_fitted_to_episodes() -> None:
+    model, seen = build(torch.float32), episode(batch=4)
+    reader, texts = as_texts(model, *(x.float() for x in seen), length=48)
+    config = FitConfig(namm=NAMMConfig(n_up=16, scorer="none"), budget=Budget(20))
+    found = fit(reader, texts, config)
+    assert found.gate is not None
+    assert found.gate.recall > 0.35  # a quarter by chance
+    walk(Stepper(model, found.policy), *seen)
     remove(model)
 
 

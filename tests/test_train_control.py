@@ -13,7 +13,7 @@ import torch
 import transformers
 from namm_ext import baselines, zoo
 from namm_ext.integrations.control import one_hot, roll_out
-from namm_ext.tasks.corridor import Corridor
+from namm_ext.tasks.corridor import Corridor, CorridorConfig
 from namm_ext.zoo import train_control as recipe
 
 ROOT = Path(__file__).parents[1]
@@ -40,17 +40,16 @@ def test_bundled_files() -> None:
 
 
 def test_it_acts_and_needs_its_memory() -> None:
-    model, corridor = zoo.load_controller(), Corridor(range(8), "test")
+    model, corridor = zoo.load_controller(), Corridor(range(6), "test")
     earned = []
-    for policy in (None, baselines.NeverEvict(), baselines.StreamingLLM(75)):
+    for policy in (None, baselines.StreamingLLM(75)):
         found = roll_out(
-            model, policy, corridor, [1.0] * 8,
+            model, policy, corridor, [1.0] * 6,
             max_steps=recipe.CORRIDOR.steps, reward_scale=recipe.CORRIDOR.doors, choose=one_hot,
         )  # fmt: skip
         earned.append(found.returns.mean().item() / recipe.CORRIDOR.doors)
     assert earned[0] == pytest.approx(metrics()["full_cache"]["return"], abs=0.03)
-    assert earned[1] == pytest.approx(earned[0], abs=0.01)
-    assert earned[2] < earned[0] - 0.2
+    assert earned[1] < earned[0] - 0.2
 
 
 def test_quick_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +85,9 @@ def test_comparison_runs(bench, tmp_path: Path, monkeypatch, capsys) -> None:
     command = ["control.py", "--episodes", "2", "--seeds", "2", "--keep", "0.25", "--noise", "0.2"]
     methods = [part for name in names for part in ("--method", name)]
     monkeypatch.setattr(sys, "argv", [*command, *methods, "--json", str(path)])
-    monkeypatch.setattr(bench, "CALIBRATION", 2)
+    small = CorridorConfig(steps=64, sign_cells=24, used=6)
+    for name, value in (("CORRIDOR", small), ("TOKENS", 192), ("CALIBRATION", 2), ("TEXT", 128)):
+        monkeypatch.setattr(bench, name, value)
     assert bench.main() == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["method"] for row in rows] == ["full cache", *names]
@@ -95,7 +96,7 @@ def test_comparison_runs(bench, tmp_path: Path, monkeypatch, capsys) -> None:
     assert all(len(row["returns"]) == 4 for row in rows)
     dropped = rows[2]["dropped"]
     mean = (dropped["return"] + dropped["state"] + dropped["action"]) / 3
-    assert 0.6 < mean < 0.75  # tokens since the last update count as held
+    assert mean == pytest.approx(1 - (48 + 63) / 191, abs=0.01)  # those since the update are held
     assert set(rows[2]["other - best actions"]) != {0.0}
     monkeypatch.setattr(sys, "argv", ["control.py", "--markdown", str(path)])
     capsys.readouterr()
