@@ -6,9 +6,10 @@
 
 The bundled model acts in corridors of the test split (``namm_ext.tasks.corridor``): 200 steps, 600
 tokens. Memories of language models and published rules keep a share of them; what they know of the
-model is a calibration on eight recorded episodes. One memory is not zero-shot: its gate is fitted to
-the same episodes. Returns are normalised: 0 is an agent at random, 100 one that forgets nothing and
-never errs. With ``--noise`` so many of the actions are random, so that there are worse ones to forget.
+model is a calibration on eight recorded episodes. One memory is not zero-shot: its gate is fitted
+to the same episodes. Returns are normalised: 0 is an agent at random, 100 one that forgets nothing
+and never errs. With ``--noise`` so many of the actions are random, so that there are worse ones to
+forget.
 """
 
 from __future__ import annotations
@@ -261,15 +262,15 @@ def line(row: dict[str, Any]) -> str:
 
 
 def markdown(content: dict[str, Any], noise: float, model: str) -> str:
-    """The returns of every method at every budget, best first at the smallest but one."""
+    """The returns of every method at every budget, best first at the smallest."""
     rows = [r for r in content["rows"] if r["noise"] == noise and r["model"] == model]
     keeps = sorted({row["keep"] for row in rows} - {1.0}, reverse=True)
     by = {(row["method"], row["keep"]): row for row in rows}
     names = sorted(
         {row["method"] for row in rows} - {FULL},
-        key=lambda name: -by[name, keeps[min(1, len(keeps) - 1)]]["return"][0],
+        key=lambda name: -by[name, keeps[-1]]["return"][0],
     )
-    heads = " | ".join(f"{keep:.1%} kept".replace(".0%", " %") for keep in keeps)
+    heads = " | ".join(f"{100 * keep:g} % kept" for keep in keeps)
     lines = [f"| return | {heads} |", "|---|" + "---:|" * len(keeps)]
 
     def cell(row: dict[str, Any]) -> str:
@@ -284,13 +285,32 @@ def markdown(content: dict[str, Any], noise: float, model: str) -> str:
     return "\n".join(lines)
 
 
+#: Columns of the table of what is forgotten.
+GROUPS = (*KINDS, "signs in use", "idle signs", "doors", "best actions", "other actions")
+
+
+def forgotten(content: dict[str, Any], noise: float, keep: float, model: str) -> str:
+    """Shares of tokens that are dropped in the end, and how much more of the worse actions."""
+    lines = [
+        f"| dropped, % | {' | '.join(GROUPS)} | other - best actions |",
+        "|---|" + "---:|" * (len(GROUPS) + 1),
+    ]
+    for row in content["rows"]:
+        if (row["noise"], row["keep"], row["model"]) != (noise, keep, model):
+            continue
+        value, low, high = (100 * x for x in row["other - best actions"])
+        cells = " | ".join(f"{100 * row['dropped'][name]:.0f}" for name in GROUPS)
+        lines.append(f"| {row['method']} | {cells} | {value:+.1f} ({low:+.1f} to {high:+.1f}) |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", action="append", help="folder of a model; the bundled one")
     parser.add_argument("--method", action="append", help="names; all by default")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.25, 0.5, 0.125])
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.2])
     parser.add_argument("--seeds", type=int, default=3, help="sets of corridors")
     parser.add_argument("--episodes", type=int, default=32, help="corridors of a set")
@@ -302,6 +322,8 @@ def main() -> int:
         content = json.loads(args.markdown.read_text(encoding="utf-8"))
         for model, noise in dict.fromkeys((r["model"], r["noise"]) for r in content["rows"]):
             print(f"\n{model}, noise {noise}\n\n{markdown(content, noise, model)}")
+            if noise:
+                print(f"\n{forgotten(content, noise, args.keep[0], model)}")
         return 0
     names = ("keep", "noise", "seeds", "episodes", "n_up")
     settings = {name: getattr(args, name) for name in names}
