@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -280,17 +281,23 @@ AttentionInterface.register("dense_oracle", lambda *a, **kw: _current[-1].attent
 AttentionMaskInterface.register("dense_oracle", sdpa_mask)
 
 
-def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
-    """Logits of every position of one row under the oracle's evictions."""
+@contextmanager
+def under_oracle(model: Any, oracle: DenseOracle) -> Iterator[None]:
+    """The model attends as the oracle does."""
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation("dense_oracle")
     _current.append(oracle)
     try:
-        with torch.no_grad():
-            return model(ids, use_cache=True).logits
+        yield
     finally:
         _current.pop()
         model.set_attn_implementation(before)
+
+
+def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
+    """Logits of every position of one row under the oracle's evictions."""
+    with under_oracle(model, oracle), torch.no_grad():
+        return model(ids, use_cache=True).logits
 
 
 def greedy(model: Any, ids: Tensor, **kwargs: Any) -> Any:

@@ -113,6 +113,7 @@ FLOORS = [
     {"cache", "patching", "report"},
     {"corpus", "library", "tasks"},
     {"answers", "asking", "baselines", "evolution", "fitting"},
+    {"integrations"},
     {"measure", "zoo"},
     {"demo", "cli"},
 ]

@@ -1,7 +1,8 @@
 """Give a model a memory, and take it away again without a trace.
 
-``generate`` of the model object is replaced by one that brings a fresh ``NAMMCache``. Whose memory
-that is depends on who calls: threads and tasks with a ``patch`` of their own get theirs.
+``generate`` of the model object is replaced by one that brings a fresh ``NAMMCache``; a model that
+has none, and reads a whole sequence in every call, gets one in each call. Whose memory that is
+depends on who calls: threads and tasks with a ``patch`` of their own get theirs.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .cache import NAMMCache, cache_keyword
+from .cache.attention import NAME
+from .cache.families import decoder_config
 from .cache.switching import LOCK, borrow, keep, opened, release
 from .policy import Policy
 from .report import Report
 
 
 class Memory:
-    """The caches that a patched model makes: one per call of ``generate``.
+    """The caches that a patched model makes: one per call of ``generate``, or of a model without.
 
     Attributes:
         policy: decides what they keep.
@@ -63,19 +67,18 @@ class Memory:
         Memory.__init__(self, **state)
 
 
-class _Generate:
-    """``generate`` of a model with a memory. Refers to nothing that a copy would share."""
+class _Memories:
+    """The memories of one model object. Refers to nothing that a copy would share."""
 
-    def __init__(self, model: PreTrainedModel, own: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.own = own  # what was in its place in the object's __dict__
         self.memories: list[Memory] = []
         self.applied: Memory | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model is in no block; it keeps the newest memory until ``remove``.
         applied = Memory(self._all()[-1].policy) if self._all() else None
-        return {"model": self.model, "own": self.own, "memories": [], "applied": applied}
+        return {**vars(self), "memories": [], "applied": applied}
 
     def _all(self) -> list[Memory]:
         return [*([] if self.applied is None else [self.applied]), *self.memories]
@@ -85,6 +88,14 @@ class _Generate:
         with LOCK:
             mine = [user for user in opened(self.model) if isinstance(user, Memory)]
             return next(reversed([*self._all(), *mine]), None)
+
+
+class _Generate(_Memories):
+    """``generate`` of a model with a memory."""
+
+    def __init__(self, model: PreTrainedModel, own: Any) -> None:
+        super().__init__(model)
+        self.own = own  # what was in its place in the object's __dict__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model
@@ -117,6 +128,22 @@ class _Generate:
                 # Who asked for a draft takes tokens back after the call.
                 if not recording and not call.is_draft:
                     cache.end_past_recording()
+
+
+class _Trunk(_Memories):
+    """Hands the decoder within a model that hands it no cache a fresh one in every call."""
+
+    def __call__(
+        self, trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        memory, keyword = self._memory(), cache_keyword(trunk)
+        # Whoever has borrowed the model for another attention has no use for a memory.
+        switched = trunk.config._attn_implementation == NAME
+        if memory is None or not switched or kwargs.get(keyword) is not None:
+            return None
+        with borrow(self.model, user=memory):
+            memory.cache = cache = NAMMCache(self.model, memory.policy)
+        return args, {**kwargs, keyword: cache, "use_cache": True}
 
 
 class _Call:
@@ -179,9 +206,12 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
     ``remove`` undoes both; a copy of the model has a memory of its own. A model that has a memory
     already gets the new policy.
 
+    A model without ``generate`` around a decoder that takes a cache, such as
+    ``DecisionTransformerModel``, reads each sequence that it is called with under a fresh memory.
+
     Args:
-        model: a decoder of transformers on the attention interface, or a multimodal model around
-            one; in evaluation mode when it is used.
+        model: a decoder of transformers on the attention interface, or a model around one; in
+            evaluation mode when it is used.
         policy: a ``NAMM`` or one of ``namm_ext.baselines``.
 
     Returns:
@@ -194,8 +224,7 @@ def apply(model: PreTrainedModel, policy: Policy) -> Memory:
     memory = Memory(_checked(model, policy))
     with LOCK:
         keep(model)
-        generate = _generate_of(model)
-        generate.applied = memory
+        _memories_of(model).applied = memory
     return memory
 
 
@@ -206,10 +235,10 @@ def remove(model: PreTrainedModel) -> None:
     """
     with LOCK:
         release(model)
-        generate = vars(model).get("generate")
-        if isinstance(generate, _Generate):
-            generate.applied = None
-            _drop_unused(model, generate)
+        memories = _found(model)
+        if memories is not None:
+            memories.applied = None
+            _drop_unused(model, memories)
 
 
 @contextmanager
@@ -235,25 +264,42 @@ def patch(model: PreTrainedModel, policy: Policy) -> Iterator[Memory]:
     memory = Memory(_checked(model, policy))
     with borrow(model, user=memory):
         with LOCK:
-            generate = _generate_of(model)
-            generate.memories.append(memory)
+            memories = _memories_of(model)
+            memories.memories.append(memory)
         try:
             yield memory
         finally:
             with LOCK:
-                generate.memories.remove(memory)
-                _drop_unused(model, generate)
+                memories.memories.remove(memory)
+                _drop_unused(model, memories)
 
 
 def _checked(model: PreTrainedModel, policy: Policy) -> Policy:
     if not isinstance(policy, Policy):
         raise TypeError(f"apply: policy must be a Policy, got {type(policy).__name__}")
-    if isinstance(model, PreTrainedModel) and not hasattr(type(model), "generate"):
+    if isinstance(model, PreTrainedModel) and not _generates(model) and _trunk(model) is None:
         raise ValueError(
             f"apply: model must have generate, which {type(model).__name__} has not; pass "
             "cache=NAMMCache(model, policy) to its calls"
         )
     return policy
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    return hasattr(type(model), "generate")
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    return cache_keyword(model) in inspect.signature(type(model).forward).parameters
+
+
+def _trunk(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The decoder that takes a cache within a model that takes none; None if there is no such."""
+    if _takes_cache(model):
+        return None
+    config = decoder_config(model.config)
+    decoders = (m for m in model.modules() if isinstance(m, PreTrainedModel))
+    return next((m for m in decoders if m.config is config and _takes_cache(m)), None)
 
 
 def _say_so(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -270,22 +316,48 @@ def _say_so(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     )
 
 
-def _generate_of(model: PreTrainedModel) -> _Generate:
+def _found(model: PreTrainedModel) -> _Memories | None:
+    """What ``_memories_of`` made, if it is still there."""
     generate = vars(model).get("generate")
-    if not isinstance(generate, _Generate):
-        generate = vars(model)["generate"] = _Generate(model, generate)
+    if isinstance(generate, _Generate):
+        return generate
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return next((h for h in hooks if isinstance(h, _Trunk) and h.model is model), None)
+
+
+def _memories_of(model: PreTrainedModel) -> _Memories:
+    memories = _found(model)
+    if memories is not None:
+        return memories
+    if _generates(model):
+        generate = vars(model)["generate"] = _Generate(model, vars(model).get("generate"))
         model.register_forward_pre_hook(_say_so, with_kwargs=True)
-    return generate
+        return generate
+    trunk, hook = _trunk(model), _Trunk(model)
+    assert trunk is not None  # checked before
+    trunk.register_forward_pre_hook(hook, with_kwargs=True)
+    return hook
 
 
-def _drop_unused(model: PreTrainedModel, generate: _Generate) -> None:
+def _drop_unused(model: PreTrainedModel, memories: _Memories) -> None:
+    if memories._all():
+        return
+    if isinstance(memories, _Trunk):
+        for module in model.modules():
+            _drop_hook(module, memories)
+        return
+    assert isinstance(memories, _Generate)
     # Somebody else may have wrapped it since; it then passes calls through.
-    if not generate._all() and vars(model).get("generate") is generate:
-        hooks = model._forward_pre_hooks
-        for number in [number for number, hook in hooks.items() if hook is _say_so]:
-            del hooks[number]
-            model._forward_pre_hooks_with_kwargs.pop(number, None)
-        if generate.own is None:
+    if vars(model).get("generate") is memories:
+        _drop_hook(model, _say_so)
+        if memories.own is None:
             del vars(model)["generate"]
         else:
-            vars(model)["generate"] = generate.own
+            vars(model)["generate"] = memories.own
+
+
+def _drop_hook(module: nn.Module, hook: Any) -> None:
+    hooks = module._forward_pre_hooks
+    for number in [number for number, other in hooks.items() if other is hook]:
+        del hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)

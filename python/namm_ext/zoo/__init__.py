@@ -1,4 +1,4 @@
-"""Small language models that come with the package or are found beside it.
+"""Small models that come with the package or are found beside it.
 
 Example:
     >>> from namm_ext import zoo
@@ -17,12 +17,16 @@ from typing import Any
 from .converted import PACKAGED_MODELS, converted_folder, packaged_gguf
 
 DEFAULT_MODEL = "stdlib-1m"
+DEFAULT_CONTROLLER = "corridor"
 
 __all__ = [
+    "DEFAULT_CONTROLLER",
     "DEFAULT_MODEL",
     "PACKAGED_MODELS",
+    "bundled_controllers",
     "bundled_models",
     "is_hub_id",
+    "load_controller",
     "load_model",
     "load_tokenizer",
     "model_path",
@@ -100,5 +104,35 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
     return AutoTokenizer.from_pretrained(_source(name))
 
 
+def bundled_controllers() -> list[str]:
+    """Names of the Decision Transformers that come with the package."""
+    return sorted(path.parent.name for path in _controllers_folder().glob("*/config.json"))
+
+
+def load_controller(name: str | Path = DEFAULT_CONTROLLER) -> Any:
+    """A Decision Transformer, on the CPU and in float32, ready to act.
+
+    Args:
+        name: one of :func:`bundled_controllers`, or a folder with a ``config.json``.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    from transformers import DecisionTransformerModel
+
+    bundled = bundled_controllers()
+    folder = _controllers_folder() / name if name in bundled else Path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"name must be one of {', '.join(bundled)}, or a folder with a config.json, got "
+            f"{str(name)!r}"
+        )
+    return DecisionTransformerModel.from_pretrained(folder).eval()
+
+
 def _models_folder() -> Path:
     return Path(str(resources.files(__package__))) / "models"
+
+
+def _controllers_folder() -> Path:
+    return Path(str(resources.files(__package__))) / "controllers"
