@@ -104,7 +104,7 @@ def test_comparison_runs(bench, tmp_path: Path, monkeypatch, capsys) -> None:
     table = capsys.readouterr().out.splitlines()
     assert table[3] == "| return | 25 % kept |"
     assert table[5].startswith("| full cache | ")
-    with pytest.raises(ValueError, match="--method must be one of NAMM of SmolLM2; "):
+    with pytest.raises(ValueError, match="--method must be one of NAMM, a gate fitted here; "):
         bench.policies(zoo.load_controller(), 64, ["PyramidKV"])
 
 
