@@ -280,17 +280,22 @@ AttentionInterface.register("dense_oracle", lambda *a, **kw: _current[-1].attent
 AttentionMaskInterface.register("dense_oracle", sdpa_mask)
 
 
-def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
-    """Logits of every position of one row under the oracle's evictions."""
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("dense_oracle")
+def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor, **inputs: Any) -> Tensor:
+    """Logits of every position of one row under the oracle's evictions.
+
+    Towers beside the decoder keep their attention; ``inputs`` are what they read.
+    """
+    config = model.config.get_text_config()
+    part = "" if config is model.config else "text_config"
+    before = config._attn_implementation
+    model.set_attn_implementation({part: "dense_oracle"})
     _current.append(oracle)
     try:
         with torch.no_grad():
-            return model(ids, use_cache=True).logits
+            return model(ids, use_cache=True, **inputs).logits
     finally:
         _current.pop()
-        model.set_attn_implementation(before)
+        model.set_attn_implementation({part: before})
 
 
 def greedy(model: Any, ids: Tensor, **kwargs: Any) -> Any:

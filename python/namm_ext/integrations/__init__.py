@@ -1,0 +1,1 @@
+"""Memories in worlds that are not text."""

@@ -1,0 +1,388 @@
+"""The recipe of the bundled video language model: a small LLaVA-NeXT-Video that watches clips.
+
+Looking a shape up is learned on short clips first, where it forms quickly, and is then carried to
+longer ones. After each clip stand several questions with their answers; only answers are learned.
+
+    python -m namm_ext.zoo.train_video OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._files import lock_folder, write_file
+from .clips import (
+    BOS,
+    EOS,
+    IMAGE,
+    KINDS,
+    PAD,
+    SIZE,
+    VIDEO,
+    WORDS,
+    Clip,
+    ClipQuestion,
+    draw_clip,
+    encode,
+    make_tokenizer,
+)
+
+TOKENS_PER_FRAME = 16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Attributes:
+        frames: of a clip; each step draws one of them.
+        step_frames: frames per step, over all clips.
+        questions: after each clip.
+        steps: of the stage.
+    """
+
+    frames: tuple[int, ...]
+    step_frames: int
+    questions: int
+    steps: int
+
+
+STAGES = (
+    Stage(frames=(3, 4, 6, 8), step_frames=96, questions=8, steps=400),
+    Stage(frames=(8, 12, 16), step_frames=96, questions=10, steps=300),
+    Stage(frames=(12, 24, 40), step_frames=96, questions=16, steps=600),
+)
+
+QUICK_STAGES = (Stage(frames=(4,), step_frames=8, questions=4, steps=2),)
+"""Two steps: shows that the recipe runs, and nothing else."""
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Size of the model and the constants of its training.
+
+    Attributes:
+        hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size: of the decoder.
+        vision_size, vision_layers: of the vision tower.
+        matrix_lr: peak learning rate of Muon, for the weight matrices of the layers.
+        other_lr: peak learning rate of AdamW, for everything else.
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: last part of the training, in which the rates fall linearly to zero.
+    """
+
+    hidden_size: int = 96
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 192
+    vision_size: int = 48
+    vision_layers: int = 2
+    matrix_lr: float = 0.01
+    other_lr: float = 2e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.4
+
+
+def new_model(config: VideoConfig) -> Any:
+    """A ``LlavaNextVideoForConditionalGeneration`` with random weights; a frame has 16 tokens."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextVideoConfig,
+        LlavaNextVideoForConditionalGeneration,
+    )
+
+    special = {name: WORDS.index(word) for name, word in _SPECIAL.items()}
+    text = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        **special,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=config.vision_size,
+        intermediate_size=2 * config.vision_size,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+        projection_dim=config.vision_size,
+    )
+    return LlavaNextVideoForConditionalGeneration(
+        LlavaNextVideoConfig(
+            text_config=text,
+            vision_config=vision,
+            video_token_index=WORDS.index(VIDEO),
+            image_token_index=WORDS.index(IMAGE),
+            vision_feature_layer=-1,
+            spatial_pool_stride=1,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+_SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+
+
+def context_ids(frames: int) -> list[int]:
+    """Token ids of a clip: a beginning, and 16 places for every frame."""
+    return [WORDS.index(BOS), *[WORDS.index(VIDEO)] * (TOKENS_PER_FRAME * frames)]
+
+
+def scenes_of(frames: int) -> int:
+    """How many scenes a clip has."""
+    return min(4, max(1, frames // 4))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one length with N questions and answers.
+
+    Attributes:
+        input_ids: ``[B, T]``, padded at the end.
+        pixels: ``[B, F, 3, SIZE, SIZE]``.
+        is_answer: ``[B, T]`` bool.
+        kinds: ``[N]`` indices into ``KINDS``, row by row.
+    """
+
+    input_ids: Tensor
+    pixels: Tensor
+    is_answer: Tensor
+    kinds: Tensor
+
+
+def make_batch(rng: np.random.Generator, *, frames: int, count: int, questions: int) -> Batch:
+    """Draw clips, each with some of its questions in random order."""
+    clips = [draw_clip(rng, frames, scenes_of(frames)) for _ in range(count)]
+    rows = [_row(rng, clip, frames, questions) for clip in clips]
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((count, width), WORDS.index(PAD))
+    is_answer = torch.zeros(count, width, dtype=torch.bool)
+    for i, (ids, answers) in enumerate(rows):
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        is_answer[i, list(answers)] = True
+    pixels = torch.from_numpy(np.stack([clip.pixels for clip in clips]))
+    kinds = [KINDS.index(kind) for _, answers in rows for kind in answers.values()]
+    return Batch(input_ids, pixels, is_answer, torch.tensor(kinds))
+
+
+def _row(
+    rng: np.random.Generator, clip: Clip, frames: int, count: int
+) -> tuple[list[int], dict[int, str]]:
+    """Token ids, and the kinds of the answers by their places; all kinds are as frequent."""
+    ids, answers = context_ids(frames), {}
+    by_kind: dict[str, list[ClipQuestion]] = {}
+    for question in clip.questions():
+        by_kind.setdefault(question.kind, []).append(question)
+    kinds = list(by_kind)
+    for i in rng.integers(len(kinds), size=count):
+        options = by_kind[kinds[i]]
+        question = options[rng.integers(len(options))]
+        ids += [*encode(question.text), *encode(question.answer)]
+        answers[len(ids) - 1] = question.kind
+    return ids, answers
+
+
+def train_video(
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    stages: tuple[Stage, ...] = STAGES,
+    config: VideoConfig | None = None,
+    quick: bool = False,
+    checkpoint_every: int = 50,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    """Train a video language model, and save it with its tokenizer in one folder.
+
+    The folder is read by ``LlavaNextVideoForConditionalGeneration.from_pretrained``. It gets
+    ``model.safetensors`` (bfloat16), the tokenizer's files and ``training.jsonl`` with one line per
+    log entry. An interrupted run continues from its last checkpoint when called again with the
+    same arguments.
+
+    Args:
+        output_dir: folder to write to; made if missing.
+        seed: of the initial weights and of all clips.
+        stages: lengths of clips and steps, one after the other.
+        config: model size and constants; the bundled model's by default.
+        quick: train for two steps, to see that everything works.
+        checkpoint_every: steps between checkpoints.
+        on_log: called with every log entry.
+
+    Returns:
+        ``output_dir`` as a path.
+    """
+    folder = Path(output_dir)
+    with lock_folder(folder):
+        run = _Run(folder, seed, QUICK_STAGES if quick else stages, config or VideoConfig(), on_log)
+        run.resume()
+        while run.step < run.total_steps:
+            run.train_step()
+            if run.step % checkpoint_every == 0:
+                run.save_checkpoint()
+        copy.deepcopy(run.model).to(torch.bfloat16).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        run.checkpoint.unlink(missing_ok=True)
+    return folder
+
+
+@dataclass
+class _Run:
+    """A training run: all that a checkpoint has to hold, and one step."""
+
+    folder: Path
+    seed: int
+    stages: tuple[Stage, ...]
+    config: VideoConfig
+    on_log: Callable[[dict[str, Any]], None] | None
+    step: int = 0
+    cpu_seconds: float = 0.0
+    _recent: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        torch.manual_seed(self.seed)
+        self.model = new_model(self.config).train()
+        # Frames are short: without the fused attention their gradients cost half.
+        self.model.set_attn_implementation({"vision_config": "eager"})
+        self.optimizers = _optimizers(self.model, self.config)
+        self.total_steps = sum(stage.steps for stage in self.stages)
+
+    def train_step(self) -> None:
+        began = time.process_time()
+        stage = self._stage()
+        # Clips depend on (seed, step) alone, so a resumed run sees what an unbroken one would.
+        rng = np.random.default_rng([self.seed, self.step])
+        frames = int(rng.choice(stage.frames))
+        batch = make_batch(
+            rng, frames=frames, count=stage.step_frames // frames, questions=stage.questions
+        )
+        self._recent.append(self._optimize(batch))
+        self.step += 1
+        self.cpu_seconds += time.process_time() - began
+        self._log()
+
+    def _optimize(self, batch: Batch) -> tuple[float, Tensor, Tensor]:
+        """Loss, and kinds and correctness of the N answers."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * self._rate()
+        hidden = self.model.model(
+            input_ids=batch.input_ids, pixel_values_videos=batch.pixels, use_cache=False
+        ).last_hidden_state
+        logits = self.model.lm_head(hidden[:, :-1][batch.is_answer[:, 1:]])
+        targets = batch.input_ids[batch.is_answer]
+        loss = F.cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item(), batch.kinds, logits.argmax(-1) == targets
+
+    def _stage(self) -> Stage:
+        remaining = self.step
+        for stage in self.stages:
+            if remaining < stage.steps:
+                return stage
+            remaining -= stage.steps
+        raise IndexError(f"step {self.step} is past the last stage")
+
+    def _rate(self) -> float:
+        """Factor on the peak learning rates: warm-up, plateau, linear decay."""
+        warmup = (self.step + 1) / self.config.warmup_steps
+        left = 1 - self.step / self.total_steps
+        return min(1.0, warmup, left / self.config.decay_fraction)
+
+    def _log(self, every: int = 25) -> None:
+        """Append means over the last ``every`` steps to ``training.jsonl``."""
+        if self.step % every and self.step != self.total_steps:
+            return
+        losses, kinds, right = zip(*self._recent, strict=True)
+        self._recent.clear()
+        kind, correct = torch.cat(kinds), torch.cat(right).float()
+        line = {
+            "step": self.step,
+            "loss": round(sum(losses) / len(losses), 4),
+            "accuracy": {
+                name: round(float(correct[kind == i].mean()), 3)
+                for i, name in enumerate(KINDS)
+                if bool((kind == i).any())
+            },
+            "cpu_seconds": round(self.cpu_seconds, 1),
+        }
+        with (self.folder / "training.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.on_log is not None:
+            self.on_log(line)
+
+    def save_checkpoint(self) -> None:
+        state = {
+            "step": self.step,
+            "cpu_seconds": self.cpu_seconds,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        write_file(self.checkpoint, lambda file: torch.save(state, file))
+
+    def resume(self) -> None:
+        """Continue from a checkpoint in the folder, or begin a new log."""
+        log = self.folder / "training.jsonl"
+        if not self.checkpoint.exists():
+            log.write_text("")
+            return
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        lines = log.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _optimizers(model: Any, config: VideoConfig) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the layers, AdamW for everything else."""
+    matrices = {
+        id(p): p
+        for name, p in model.named_parameters()
+        if ".layers." in name and p.ndim == 2
+    }
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    return (
+        torch.optim.Muon(
+            [{"params": list(matrices.values()), "peak_lr": config.matrix_lr}], weight_decay=0.01
+        ),
+        torch.optim.AdamW(
+            [{"params": others, "peak_lr": config.other_lr}], betas=(0.9, 0.95), weight_decay=0.0
+        ),
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    train_video(given.output_dir, seed=given.seed, quick=given.quick, on_log=print)
