@@ -113,7 +113,7 @@ FLOORS = [
     {"cache", "patching", "report"},
     {"corpus", "library", "tasks"},
     {"answers", "asking", "baselines", "evolution", "fitting"},
-    {"measure", "zoo"},
+    {"integrations", "measure", "zoo"},
     {"demo", "cli"},
 ]
 TRANSFORMERS_FLOOR = 4

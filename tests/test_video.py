@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+import transformers
 from hf_models import COMMON, VOCAB, evicting_policy, namm_oracle, oracle_logits, positions, tokens
-from namm_ext import NAMMCache, apply, patch
+from namm_ext import NAMMCache, patch
 from namm_ext.baselines import H2O, NeverEvict, StreamingLLM
 from namm_ext.budget import Budget
 from namm_ext.cache import cache_keyword
-from namm_ext.fitting import calibrate
+from namm_ext.fitting import Later, Text, calibrate
 from namm_ext.integrations.video import calibrate_on_videos, frame_shares
 
 VIDEO, IMAGE = VOCAB - 1, VOCAB - 2
@@ -191,7 +192,7 @@ def test_errors_of_shares(name, model, inputs):
 
 
 def test_calibration_reads_what_the_model_sees(name, model, inputs):
-    """On LLaVA it is the calibration of a text whose words are the video's tokens."""
+    """The embeddings of a video; those of a text alone give what the decoder alone gives."""
     rule = H2O(Budget(0.5, scope="global"), n_up=16)
     question = [5, 6, 7]
     table = model.get_input_embeddings()
@@ -203,10 +204,13 @@ def test_calibration_reads_what_the_model_sees(name, model, inputs):
     assert cache.report().kept_fraction < 0.6
     other = calibrate_on_videos(rule, model, [inputs])
     assert not torch.equal(other.calibration.offsets, done.calibration.offsets)
-    apply(model, done)
+    text, decoder = tokens(1, 48).clamp(max=IMAGE - 1), model.get_decoder()
+    alone = calibrate(rule, decoder, [Text(tuple(text[0].tolist()), (Later(tuple(question)),))])
+    same = calibrate_on_videos(rule, model, [{"input_ids": text}], [[question]])
+    assert torch.equal(same.calibration.offsets, alone.calibration.offsets)
     with pytest.raises(ValueError, match="questions must be of 1 videos, got 2"):
         calibrate_on_videos(rule, model, [inputs], [[question]] * 2)
     with pytest.raises(ValueError, match="of one row each, got 2 rows"):
         calibrate_on_videos(rule, model, [_inputs(name, rows=2)])
     with pytest.raises(ValueError, match="at least one text"):
-        calibrate(rule, model, [])
+        calibrate_on_videos(rule, model, [])

@@ -182,7 +182,7 @@ def _videos(
     """Tokens of every frame, video by video."""
     grid = inputs.get("video_grid_thw")
     if grid is not None:
-        merged = config.vision_config.spatial_merge_size ** 2
+        merged = config.vision_config.spatial_merge_size**2
         return [[h * w // merged] * t for t, h, w in grid.tolist()]
     pixels = inputs.get("pixel_values_videos")
     if pixels is None:
@@ -230,9 +230,11 @@ def calibrate_on_videos(
             f"calibrate_on_videos: questions must be of {len(videos)} videos, got {len(questions)}"
         )
     with _as_texts(model, videos, questions) as (decoder, texts):
+        ready: Any = policy
         if isinstance(policy, NAMM) and policy.needs_window and policy.gate is None:
-            policy = calibrate_statistics(policy, decoder, texts)
-        return calibrate(policy, decoder, texts)
+            ready = calibrate_statistics(policy, decoder, texts)
+        done: PolicyT = calibrate(ready, decoder, texts)
+        return done
 
 
 @contextmanager

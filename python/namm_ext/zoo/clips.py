@@ -1,9 +1,9 @@
 """Clips: short videos of shapes that move, drawn from a seed, and questions about them.
 
 A clip is a few scenes behind one another. In each, one shape of one colour moves from one edge to
-the opposite one, so its frames say nearly the same; within a clip no shape and no colour comes
-twice. For two frames somewhere in the clip the background flashes in a colour. A question has one
-word as its answer.
+the opposite one, with a trail behind it, so that all its frames say nearly the same; within a clip
+no shape and no colour comes twice. For two frames somewhere in the clip the background flashes in a
+colour. A question has one word as its answer.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 SIZE = 32
 """Pixels along an edge of a frame."""
+
+TOKENS_PER_FRAME = 16
+"""What the bundled model makes of a frame."""
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 COLORS = {
@@ -28,20 +33,36 @@ COLORS = {
     "white": (0.95, 0.95, 0.95),
 }
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
-KINDS = ("color", "shape", "motion", "after", "first", "flash", "beside")
+KINDS = ("color", "shape", "motion", "first", "last", "flash", "beside")
 """Kinds of questions."""
 
 PAD, BOS, EOS, VIDEO, IMAGE = "<pad>", "<bos>", "<eos>", "<video>", "<image>"
 _QUESTION_WORDS = (
+    "what", "color", "shape", "is", "the", "where", "goes", "comes", "first", "last", "flashes",
+    "in", "flash",
+)  # fmt: skip
+WORDS = (
     "what", "color", "shape", "is", "the", "?", "where", "does", "move", "comes", "after", "first",
     "flashes", "shows", "at", "flash",
 )  # fmt: skip
-WORDS = (PAD, BOS, EOS, VIDEO, IMAGE, *_QUESTION_WORDS, *SHAPES, *COLORS, *DIRECTIONS)
+WORDS: tuple[str, ...] = (
+    PAD,
+    BOS,
+    EOS,
+    VIDEO,
+    IMAGE,
+    *_QUESTION_WORDS,
+    *SHAPES,
+    *COLORS,
+    *DIRECTIONS,
+)
 """The vocabulary, in the order of its token ids."""
 
 _EXTENT = 11  # pixels of a shape
 _FLASH_FRAMES = 2
-_LEAST_SCENE = 3
+_LEAST_SCENE = 2
+_LEAST_PIXELS = 4  # of a shape that is in a part of a frame
+_TRAIL = ((10, 0.2), (5, 0.4), (0, 1.0))  # pixels behind, and how much of it covers what is there
 
 
 @dataclass(frozen=True)
@@ -85,12 +106,14 @@ class Clip:
         scenes: in their order.
         flash: first frame of the flash.
         flash_color: of the background there.
+        touched: ``[F, 16]`` bool, the parts of a frame (4 x 4, row by row) that the shape is in.
     """
 
     pixels: NDArray[np.float32]
     scenes: tuple[Scene, ...]
     flash: int
     flash_color: str
+    touched: NDArray[np.bool_]
 
     @property
     def flash_scene(self) -> Scene:
@@ -100,16 +123,13 @@ class Clip:
     def questions(self) -> list[ClipQuestion]:
         """All questions about the clip, kind by kind."""
         asked = [
-            *(("color", f"what color is the {s.shape} ?", s.color) for s in self.scenes),
-            *(("shape", f"what shape is {s.color} ?", s.shape) for s in self.scenes),
-            *(("motion", f"where does the {s.shape} move ?", s.direction) for s in self.scenes),
-            *(
-                ("after", f"what comes after the {a.shape} ?", b.shape)
-                for a, b in zip(self.scenes, self.scenes[1:], strict=False)
-            ),
-            ("first", "what comes first ?", self.scenes[0].shape),
-            ("flash", "what color flashes ?", self.flash_color),
-            ("beside", "what shape shows at the flash ?", self.flash_scene.shape),
+            *(("color", f"what color is the {s.shape}", s.color) for s in self.scenes),
+            *(("shape", f"what shape is {s.color}", s.shape) for s in self.scenes),
+            *(("motion", f"where goes the {s.shape}", s.direction) for s in self.scenes),
+            ("first", "what shape comes first", self.scenes[0].shape),
+            ("last", "what shape comes last", self.scenes[-1].shape),
+            ("flash", "what color flashes", self.flash_color),
+            ("beside", "what shape is in the flash", self.flash_scene.shape),
         ]
         return [ClipQuestion(*fields) for fields in asked]
 
@@ -119,7 +139,7 @@ def draw_clip(rng: np.random.Generator, frames: int, scenes: int) -> Clip:
 
     Args:
         rng: what to draw from; the same state gives the same clip.
-        frames: of the clip, at least three for each scene.
+        frames: of the clip, at least two for each scene.
         scenes: up to five.
 
     Raises:
@@ -128,7 +148,7 @@ def draw_clip(rng: np.random.Generator, frames: int, scenes: int) -> Clip:
     Example:
         >>> clip = draw_clip(np.random.default_rng(0), frames=12, scenes=3)
         >>> clip.pixels.shape, len(clip.questions())
-        ((12, 3, 32, 32), 14)
+        ((12, 3, 32, 32), 13)
     """
     if not 1 <= scenes <= len(SHAPES) or frames < _LEAST_SCENE * scenes:
         raise ValueError(
@@ -141,8 +161,7 @@ def draw_clip(rng: np.random.Generator, frames: int, scenes: int) -> Clip:
     starts = _starts(rng, frames, scenes)
     lengths = np.diff([*starts, frames]).tolist()
     found = tuple(
-        Scene(*fields)
-        for fields in zip(shapes, colors, directions, starts, lengths, strict=True)
+        Scene(*fields) for fields in zip(shapes, colors, directions, starts, lengths, strict=True)
     )
     flash = int(rng.integers(frames - _FLASH_FRAMES + 1))
     # A flash lies within one scene.
@@ -150,7 +169,8 @@ def draw_clip(rng: np.random.Generator, frames: int, scenes: int) -> Clip:
         (s.start - _FLASH_FRAMES for s in found if flash < s.start < flash + _FLASH_FRAMES), flash
     )
     flash_color = str(rng.choice(list(COLORS)))
-    return Clip(_pixels(rng, found, frames, flash, flash_color), found, flash, flash_color)
+    pixels, touched = _pixels(rng, found, frames, flash, flash_color)
+    return Clip(pixels, found, flash, flash_color, touched)
 
 
 def _starts(rng: np.random.Generator, frames: int, scenes: int) -> list[int]:
@@ -162,26 +182,45 @@ def _starts(rng: np.random.Generator, frames: int, scenes: int) -> list[int]:
 
 def _pixels(
     rng: np.random.Generator, scenes: Sequence[Scene], frames: int, flash: int, flash_color: str
-) -> NDArray[np.float32]:
-    """``[F, 3, SIZE, SIZE]``: a still background, a little noise in every frame, the shapes."""
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """``[F, 3, SIZE, SIZE]``: a still background, a little noise in every frame, the shapes; and
+    ``[F, 16]``: where the shapes are."""
     still = 0.15 + 0.05 * rng.standard_normal((1, 3, SIZE, SIZE))
     video = still + 0.02 * rng.standard_normal((frames, 3, SIZE, SIZE))
     tint = np.array(COLORS[flash_color])[:, None, None]
     shown = slice(flash, flash + _FLASH_FRAMES)
     video[shown] = 0.5 * video[shown] + 0.5 * tint
     room = SIZE - _EXTENT
+    covered = np.zeros((frames, 4, 8, 4, 8), bool)
     for scene in scenes:
         mask = _MASKS[scene.shape]
-        paint = np.array(COLORS[scene.color])[:, None]
+        paint = np.array(COLORS[scene.color])[:, None, None]
         across = int(rng.integers(room + 1))
         way = np.rint(np.linspace(0, room, scene.frames)).astype(int)
         down, right = DIRECTIONS[scene.direction]
         way = way if down + right > 0 else way[::-1]
         for i, along in enumerate(way.tolist()):
+            frame = video[scene.start + i]
             y, x = (along, across) if down else (across, along)
-            frame = video[scene.start + i, :, y : y + _EXTENT, x : x + _EXTENT]
-            frame[:, mask] = paint
-    return ((video - 0.3) / 0.3).astype(np.float32)
+            for back, strength in _TRAIL:
+                _draw(frame, mask, paint, y - back * down, x - back * right, strength)
+            place = covered[scene.start + i].reshape(SIZE, SIZE)
+            place[y : y + _EXTENT, x : x + _EXTENT] = mask
+    touched = (covered.sum((2, 4)) >= _LEAST_PIXELS).reshape(frames, TOKENS_PER_FRAME)
+    return ((video - 0.3) / 0.3).astype(np.float32), touched
+
+
+def _draw(
+    frame: NDArray[np.float64], mask: NDArray[np.bool_], paint: NDArray[np.float64],
+    y: int, x: int, strength: float,
+) -> None:  # fmt: skip
+    """Paint over the part of a shape that lies within the frame."""
+    top, left = max(0, -y), max(0, -x)
+    part = mask[top : SIZE - y, left : SIZE - x]
+    if part.size:
+        y, x = y + top, x + left
+        spot = frame[:, y : y + part.shape[0], x : x + part.shape[1]]
+        spot[:] = np.where(part, strength * paint + (1 - strength) * spot, spot)
 
 
 def _mask_of(shape: str) -> NDArray[np.bool_]:
@@ -222,3 +261,19 @@ def make_tokenizer() -> Any:
 def encode(text: str) -> list[int]:
     """Token ids of words with spaces between, as the tokenizer gives them."""
     return [WORDS.index(word) for word in text.split()]
+
+
+def context_ids(frames: int) -> list[int]:
+    """Token ids of a clip: a beginning, and 16 places for every frame."""
+    return [WORDS.index(BOS), *[WORDS.index(VIDEO)] * (TOKENS_PER_FRAME * frames)]
+
+
+def inputs_of(clips: Sequence[Clip], text: str = "") -> dict[str, Tensor]:
+    """What a model reads: clips of one length, each with the same text behind it.
+
+    Returns:
+        ``input_ids`` ``[B, T]`` int64 and ``pixel_values_videos`` ``[B, F, 3, SIZE, SIZE]``.
+    """
+    pixels = torch.from_numpy(np.stack([clip.pixels for clip in clips]))
+    ids = torch.tensor([*context_ids(pixels.shape[1]), *encode(text)])
+    return {"input_ids": ids.repeat(len(clips), 1), "pixel_values_videos": pixels}

@@ -1,7 +1,8 @@
 """The recipe of the bundled video language model: a small LLaVA-NeXT-Video that watches clips.
 
-Looking a shape up is learned on short clips first, where it forms quickly, and is then carried to
-longer ones. After each clip stand several questions with their answers; only answers are learned.
+Looking a shape up is learned on short clips of several scenes first, where it forms quickly, and is
+then carried to longer ones. After each clip stand several questions with their answers; only
+answers are learned.
 
     python -m namm_ext.zoo.train_video OUT
 """
@@ -34,12 +35,11 @@ from .clips import (
     WORDS,
     Clip,
     ClipQuestion,
+    context_ids,
     draw_clip,
     encode,
     make_tokenizer,
 )
-
-TOKENS_PER_FRAME = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Stage:
     Attributes:
         frames: of a clip; each step draws one of them.
         step_frames: frames per step, over all clips.
-        questions: after each clip.
+        questions: after each clip; with 0 the vision tower alone learns to say what is where.
         steps: of the stage.
     """
 
@@ -60,12 +60,16 @@ class Stage:
 
 
 STAGES = (
-    Stage(frames=(3, 4, 6, 8), step_frames=96, questions=8, steps=400),
-    Stage(frames=(8, 12, 16), step_frames=96, questions=10, steps=300),
-    Stage(frames=(12, 24, 40), step_frames=96, questions=16, steps=600),
+    Stage(frames=(8,), step_frames=96, questions=0, steps=250),
+    Stage(frames=(4, 6, 8), step_frames=96, questions=8, steps=250),
+    Stage(frames=(8, 16, 24), step_frames=96, questions=12, steps=150),
+    Stage(frames=(24, 40), step_frames=120, questions=20, steps=150),
 )
 
-QUICK_STAGES = (Stage(frames=(4,), step_frames=8, questions=4, steps=2),)
+QUICK_STAGES = (
+    Stage(frames=(4,), step_frames=8, questions=0, steps=1),
+    Stage(frames=(4,), step_frames=8, questions=4, steps=1),
+)
 """Two steps: shows that the recipe runs, and nothing else."""
 
 
@@ -83,7 +87,7 @@ class VideoConfig:
     """
 
     hidden_size: int = 96
-    num_layers: int = 4
+    num_layers: int = 3
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
@@ -105,7 +109,6 @@ def new_model(config: VideoConfig) -> Any:
         LlavaNextVideoForConditionalGeneration,
     )
 
-    special = {name: WORDS.index(word) for name, word in _SPECIAL.items()}
     text = LlamaConfig(
         vocab_size=len(WORDS),
         hidden_size=config.hidden_size,
@@ -115,8 +118,11 @@ def new_model(config: VideoConfig) -> Any:
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        **special,
+        pad_token_id=WORDS.index(PAD),
+        bos_token_id=WORDS.index(BOS),
+        eos_token_id=WORDS.index(EOS),
     )
     vision = CLIPVisionConfig(
         hidden_size=config.vision_size,
@@ -127,7 +133,7 @@ def new_model(config: VideoConfig) -> Any:
         patch_size=8,
         projection_dim=config.vision_size,
     )
-    return LlavaNextVideoForConditionalGeneration(
+    model = LlavaNextVideoForConditionalGeneration(
         LlavaNextVideoConfig(
             text_config=text,
             vision_config=vision,
@@ -138,19 +144,19 @@ def new_model(config: VideoConfig) -> Any:
             tie_word_embeddings=True,
         )
     )
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            _attend_to_alike(layer.self_attn, config)
+    return model
 
 
-_SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-
-
-def context_ids(frames: int) -> list[int]:
-    """Token ids of a clip: a beginning, and 16 places for every frame."""
-    return [WORDS.index(BOS), *[WORDS.index(VIDEO)] * (TOKENS_PER_FRAME * frames)]
-
-
-def scenes_of(frames: int) -> int:
-    """How many scenes a clip has."""
-    return min(4, max(1, frames // 4))
+def _attend_to_alike(attention: Any, config: VideoConfig) -> None:
+    """Let queries and keys start alike: a word looks for places that say the same."""
+    groups = config.num_heads // config.num_kv_heads
+    weight = attention.k_proj.weight
+    weight.normal_(std=config.hidden_size**-0.5)
+    heads = weight.unflatten(0, (config.num_kv_heads, config.head_dim))
+    attention.q_proj.weight.copy_(heads.repeat_interleave(groups, 0).flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -162,17 +168,20 @@ class Batch:
         pixels: ``[B, F, 3, SIZE, SIZE]``.
         is_answer: ``[B, T]`` bool.
         kinds: ``[N]`` indices into ``KINDS``, row by row.
+        words: ``[B, F * 16, len(WORDS)]``, what each part of a frame shows, as shares of 1.
     """
 
     input_ids: Tensor
     pixels: Tensor
     is_answer: Tensor
     kinds: Tensor
+    words: Tensor
 
 
 def make_batch(rng: np.random.Generator, *, frames: int, count: int, questions: int) -> Batch:
     """Draw clips, each with some of its questions in random order."""
-    clips = [draw_clip(rng, frames, scenes_of(frames)) for _ in range(count)]
+    most = min(4, frames // 2)
+    clips = [draw_clip(rng, frames, int(rng.integers(2, most + 1))) for _ in range(count)]
     rows = [_row(rng, clip, frames, questions) for clip in clips]
     width = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((count, width), WORDS.index(PAD))
@@ -182,14 +191,30 @@ def make_batch(rng: np.random.Generator, *, frames: int, count: int, questions: 
         is_answer[i, list(answers)] = True
     pixels = torch.from_numpy(np.stack([clip.pixels for clip in clips]))
     kinds = [KINDS.index(kind) for _, answers in rows for kind in answers.values()]
-    return Batch(input_ids, pixels, is_answer, torch.tensor(kinds))
+    words = torch.stack([_words_of(clip) for clip in clips])
+    return Batch(input_ids, pixels, is_answer, torch.tensor(kinds), words)
+
+
+def _words_of(clip: Clip) -> Tensor:
+    """``[F * 16, len(WORDS)]``: the scene's words where its shape is, those of the flash around it,
+    or nothing."""
+    words = torch.zeros(*clip.touched.shape, len(WORDS))
+    touched = torch.from_numpy(clip.touched)
+    for scene in clip.scenes:
+        part = slice(scene.start, scene.start + scene.frames)
+        ids = encode(f"{scene.shape} {scene.color} {scene.direction}")
+        words[part, :, ids] = touched[part, :, None].float()
+    part = slice(clip.flash, clip.flash + 2)
+    words[part, :, encode(f"flash {clip.flash_color}")] = 1.0
+    words[..., WORDS.index(PAD)] = (words.sum(-1) == 0).float()
+    return (words / words.sum(-1, keepdim=True)).flatten(0, 1)
 
 
 def _row(
     rng: np.random.Generator, clip: Clip, frames: int, count: int
 ) -> tuple[list[int], dict[int, str]]:
     """Token ids, and the kinds of the answers by their places; all kinds are as frequent."""
-    ids, answers = context_ids(frames), {}
+    ids, answers = context_ids(frames), dict[int, str]()
     by_kind: dict[str, list[ClipQuestion]] = {}
     for question in clip.questions():
         by_kind.setdefault(question.kind, []).append(question)
@@ -277,28 +302,40 @@ class _Run:
         batch = make_batch(
             rng, frames=frames, count=stage.step_frames // frames, questions=stage.questions
         )
-        self._recent.append(self._optimize(batch))
+        self._recent.append(self._optimize(batch) if stage.questions else self._align(batch))
         self.step += 1
         self.cpu_seconds += time.process_time() - began
         self._log()
 
+    def _align(self, batch: Batch) -> tuple[float, Tensor, Tensor]:
+        """One step for what the decoder gets to see; loss, and no answers."""
+        seen = self.model.model.get_video_features(batch.pixels).pooler_output
+        logits = self.model.lm_head(self.model.model.language_model.norm(seen))
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(0, 1))
+        self._follow(loss)
+        return loss.item(), torch.zeros(0), torch.zeros(0)
+
     def _optimize(self, batch: Batch) -> tuple[float, Tensor, Tensor]:
-        """Loss, and kinds and correctness of the N answers."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * self._rate()
+        """One step for everything; loss, and kinds and correctness of the N answers."""
         hidden = self.model.model(
             input_ids=batch.input_ids, pixel_values_videos=batch.pixels, use_cache=False
         ).last_hidden_state
         logits = self.model.lm_head(hidden[:, :-1][batch.is_answer[:, 1:]])
         targets = batch.input_ids[batch.is_answer]
         loss = F.cross_entropy(logits, targets)
+        self._follow(loss)
+        return loss.item(), batch.kinds, logits.argmax(-1) == targets
+
+    def _follow(self, loss: Tensor) -> None:
+        """Down the gradient of a loss."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * self._rate()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return loss.item(), batch.kinds, logits.argmax(-1) == targets
 
     def _stage(self) -> Stage:
         remaining = self.step
@@ -364,9 +401,7 @@ class _Run:
 def _optimizers(model: Any, config: VideoConfig) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the layers, AdamW for everything else."""
     matrices = {
-        id(p): p
-        for name, p in model.named_parameters()
-        if ".layers." in name and p.ndim == 2
+        id(p): p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2
     }
     others = [p for p in model.parameters() if id(p) not in matrices]
     return (
