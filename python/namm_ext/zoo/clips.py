@@ -134,13 +134,14 @@ class Clip:
         return [ClipQuestion(*fields) for fields in asked]
 
 
-def draw_clip(rng: np.random.Generator, frames: int, scenes: int) -> Clip:
+def draw_clip(rng: np.random.Generator, frames: int, scenes: int, *, painted: bool = True) -> Clip:
     """Draw a clip.
 
     Args:
         rng: what to draw from; the same state gives the same clip.
         frames: of the clip, at least two for each scene.
         scenes: up to five.
+        painted: whether it has pixels; without, ``pixels`` and ``touched`` are empty.
 
     Raises:
         ValueError: if the scenes do not fit.
@@ -169,6 +170,9 @@ def draw_clip(rng: np.random.Generator, frames: int, scenes: int) -> Clip:
         (s.start - _FLASH_FRAMES for s in found if flash < s.start < flash + _FLASH_FRAMES), flash
     )
     flash_color = str(rng.choice(list(COLORS)))
+    if not painted:
+        empty = np.zeros((0, 3, SIZE, SIZE), np.float32)
+        return Clip(empty, found, flash, flash_color, np.zeros((0, TOKENS_PER_FRAME), bool))
     pixels, touched = _pixels(rng, found, frames, flash, flash_color)
     return Clip(pixels, found, flash, flash_color, touched)
 

@@ -1,8 +1,8 @@
 """The recipe of the bundled video language model: a small LLaVA-NeXT-Video that watches clips.
 
-Looking a shape up is learned on short clips of several scenes first, where it forms quickly, and is
-then carried to longer ones. After each clip stand several questions with their answers; only
-answers are learned.
+First the vision tower learns which words each part of a frame stands for, and the decoder answers
+questions about such words, one place per frame, where looking them up forms quickly. Then both
+watch clips together, short and long ones. Only answers are learned, several after each clip.
 
     python -m namm_ext.zoo.train_video OUT
 """
@@ -31,6 +31,7 @@ from .clips import (
     KINDS,
     PAD,
     SIZE,
+    TOKENS_PER_FRAME,
     VIDEO,
     WORDS,
     Clip,
@@ -47,12 +48,15 @@ class Stage:
     """A part of the training.
 
     Attributes:
+        kind: "look" (the vision tower alone learns which words each part of a frame stands for),
+            "read" (the decoder alone reads those words, one place per frame) or "watch" (both).
         frames: of a clip; each step draws one of them.
         step_frames: frames per step, over all clips.
-        questions: after each clip; with 0 the vision tower alone learns to say what is where.
+        questions: after each clip.
         steps: of the stage.
     """
 
+    kind: str
     frames: tuple[int, ...]
     step_frames: int
     questions: int
@@ -60,17 +64,16 @@ class Stage:
 
 
 STAGES = (
-    Stage(frames=(8,), step_frames=96, questions=0, steps=250),
-    Stage(frames=(4, 6, 8), step_frames=96, questions=8, steps=250),
-    Stage(frames=(8, 16, 24), step_frames=96, questions=12, steps=150),
-    Stage(frames=(24, 40), step_frames=120, questions=20, steps=150),
+    Stage("look", frames=(8,), step_frames=96, questions=0, steps=500),
+    Stage("read", frames=(4, 6, 8), step_frames=240, questions=8, steps=500),
+    Stage("watch", frames=(8, 24, 40), step_frames=120, questions=16, steps=150),
 )
 
-QUICK_STAGES = (
-    Stage(frames=(4,), step_frames=8, questions=0, steps=1),
-    Stage(frames=(4,), step_frames=8, questions=4, steps=1),
+QUICK_STAGES = tuple(
+    Stage(kind, frames=(4,), step_frames=8, questions=4, steps=1)
+    for kind in ("look", "read", "watch")
 )
-"""Two steps: shows that the recipe runs, and nothing else."""
+"""Three steps: shows that the recipe runs, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ class VideoConfig:
         vision_size, vision_layers: of the vision tower.
         matrix_lr: peak learning rate of Muon, for the weight matrices of the layers.
         other_lr: peak learning rate of AdamW, for everything else.
-        warmup_steps: steps of linear warm-up.
-        decay_fraction: last part of the training, in which the rates fall linearly to zero.
+        warmup_steps: steps of linear warm-up of every stage.
+        decay_fraction: last part of every stage, in which the rates fall linearly to zero.
     """
 
     hidden_size: int = 96
@@ -96,8 +99,8 @@ class VideoConfig:
     vision_layers: int = 2
     matrix_lr: float = 0.01
     other_lr: float = 2e-3
-    warmup_steps: int = 50
-    decay_fraction: float = 0.4
+    warmup_steps: int = 20
+    decay_fraction: float = 0.3
 
 
 def new_model(config: VideoConfig) -> Any:
@@ -145,6 +148,8 @@ def new_model(config: VideoConfig) -> Any:
         )
     )
     with torch.no_grad():
+        # Words stay as they are until vision and reading meet.
+        model.get_input_embeddings().weight.normal_(std=0.1)
         for layer in model.model.language_model.layers:
             _attend_to_alike(layer.self_attn, config)
     return model
@@ -168,7 +173,8 @@ class Batch:
         pixels: ``[B, F, 3, SIZE, SIZE]``.
         is_answer: ``[B, T]`` bool.
         kinds: ``[N]`` indices into ``KINDS``, row by row.
-        words: ``[B, F * 16, len(WORDS)]``, what each part of a frame shows, as shares of 1.
+        words: ``[B, F * 16, len(WORDS)]``, which words each part of a frame stands for; ``[B, F,
+            len(WORDS)]`` if nothing is painted.
     """
 
     input_ids: Tensor
@@ -178,11 +184,17 @@ class Batch:
     words: Tensor
 
 
-def make_batch(rng: np.random.Generator, *, frames: int, count: int, questions: int) -> Batch:
+def make_batch(
+    rng: np.random.Generator, *, frames: int, count: int, questions: int, painted: bool = True
+) -> Batch:
     """Draw clips, each with some of its questions in random order."""
     most = min(4, frames // 2)
-    clips = [draw_clip(rng, frames, int(rng.integers(2, most + 1))) for _ in range(count)]
-    rows = [_row(rng, clip, frames, questions) for clip in clips]
+    clips = [
+        draw_clip(rng, frames, int(rng.integers(2, most + 1)), painted=painted)
+        for _ in range(count)
+    ]
+    places = TOKENS_PER_FRAME * frames if painted else frames
+    rows = [_row(rng, clip, places, questions) for clip in clips]
     width = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((count, width), WORDS.index(PAD))
     is_answer = torch.zeros(count, width, dtype=torch.bool)
@@ -191,30 +203,33 @@ def make_batch(rng: np.random.Generator, *, frames: int, count: int, questions: 
         is_answer[i, list(answers)] = True
     pixels = torch.from_numpy(np.stack([clip.pixels for clip in clips]))
     kinds = [KINDS.index(kind) for _, answers in rows for kind in answers.values()]
-    words = torch.stack([_words_of(clip) for clip in clips])
+    words = torch.stack([_words_of(clip, frames) for clip in clips])
     return Batch(input_ids, pixels, is_answer, torch.tensor(kinds), words)
 
 
-def _words_of(clip: Clip) -> Tensor:
-    """``[F * 16, len(WORDS)]``: the scene's words where its shape is, those of the flash around it,
-    or nothing."""
-    words = torch.zeros(*clip.touched.shape, len(WORDS))
+def _words_of(clip: Clip, frames: int) -> Tensor:
+    """``[places, len(WORDS)]``: the scene's words where its shape is, those of the flash, or
+    nothing."""
     touched = torch.from_numpy(clip.touched)
+    if not len(touched):
+        touched = torch.ones(frames, 1, dtype=torch.bool)
+    words = torch.zeros(*touched.shape, len(WORDS))
     for scene in clip.scenes:
         part = slice(scene.start, scene.start + scene.frames)
         ids = encode(f"{scene.shape} {scene.color} {scene.direction}")
         words[part, :, ids] = touched[part, :, None].float()
     part = slice(clip.flash, clip.flash + 2)
-    words[part, :, encode(f"flash {clip.flash_color}")] = 1.0
+    words[part, :, WORDS.index("flash")] = 1.0
+    words[part, :, WORDS.index(clip.flash_color)] += 1.0
     words[..., WORDS.index(PAD)] = (words.sum(-1) == 0).float()
-    return (words / words.sum(-1, keepdim=True)).flatten(0, 1)
+    return words.flatten(0, 1)
 
 
 def _row(
-    rng: np.random.Generator, clip: Clip, frames: int, count: int
+    rng: np.random.Generator, clip: Clip, places: int, count: int
 ) -> tuple[list[int], dict[int, str]]:
     """Token ids, and the kinds of the answers by their places; all kinds are as frequent."""
-    ids, answers = context_ids(frames), dict[int, str]()
+    ids, answers = [*context_ids(0), *[WORDS.index(VIDEO)] * places], dict[int, str]()
     by_kind: dict[str, list[ClipQuestion]] = {}
     for question in clip.questions():
         by_kind.setdefault(question.kind, []).append(question)
@@ -300,27 +315,42 @@ class _Run:
         rng = np.random.default_rng([self.seed, self.step])
         frames = int(rng.choice(stage.frames))
         batch = make_batch(
-            rng, frames=frames, count=stage.step_frames // frames, questions=stage.questions
-        )
-        self._recent.append(self._optimize(batch) if stage.questions else self._align(batch))
+            rng, frames=frames, count=stage.step_frames // frames, questions=stage.questions,
+            painted=stage.kind != "read",
+        )  # fmt: skip
+        if stage.kind == "look":
+            self._recent.append(self._look(batch))
+        else:
+            self._recent.append(self._answer(batch, stage.kind == "watch"))
         self.step += 1
         self.cpu_seconds += time.process_time() - began
         self._log()
 
-    def _align(self, batch: Batch) -> tuple[float, Tensor, Tensor]:
-        """One step for what the decoder gets to see; loss, and no answers."""
+    def _look(self, batch: Batch) -> tuple[float, Tensor, Tensor]:
+        """One step for what the decoder gets to see; relative error, and no answers."""
+        table = self.model.get_input_embeddings().weight.detach()
+        wanted = batch.words @ table
         seen = self.model.model.get_video_features(batch.pixels).pooler_output
-        logits = self.model.lm_head(self.model.model.language_model.norm(seen))
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(0, 1))
+        loss = F.mse_loss(seen, wanted) / wanted.square().mean()
         self._follow(loss)
         return loss.item(), torch.zeros(0), torch.zeros(0)
 
-    def _optimize(self, batch: Batch) -> tuple[float, Tensor, Tensor]:
-        """One step for everything; loss, and kinds and correctness of the N answers."""
-        hidden = self.model.model(
-            input_ids=batch.input_ids, pixel_values_videos=batch.pixels, use_cache=False
-        ).last_hidden_state
-        logits = self.model.lm_head(hidden[:, :-1][batch.is_answer[:, 1:]])
+    def _answer(self, batch: Batch, watching: bool) -> tuple[float, Tensor, Tensor]:
+        """One step for answers; loss, and kinds and correctness of the N answers."""
+        inputs: dict[str, Tensor]
+        if watching:
+            inputs = {"input_ids": batch.input_ids, "pixel_values_videos": batch.pixels}
+            decoder = self.model.model
+        else:
+            table = self.model.get_input_embeddings().weight.detach()
+            embeddings = table[batch.input_ids]
+            embeddings[:, 1 : 1 + batch.words.shape[1]] = batch.words @ table
+            inputs = {"inputs_embeds": embeddings}
+            decoder = self.model.model.language_model
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden[:, :-1][batch.is_answer[:, 1:]]
+        weight = self.model.get_output_embeddings().weight
+        logits = hidden @ (weight if watching else weight.detach()).T
         targets = batch.input_ids[batch.is_answer]
         loss = F.cross_entropy(logits, targets)
         self._follow(loss)
@@ -338,18 +368,23 @@ class _Run:
             optimizer.zero_grad()
 
     def _stage(self) -> Stage:
+        return self.stages[self._place()[0]]
+
+    def _place(self) -> tuple[int, int]:
+        """Index of the stage, and steps since it began."""
         remaining = self.step
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages):
             if remaining < stage.steps:
-                return stage
+                return i, remaining
             remaining -= stage.steps
         raise IndexError(f"step {self.step} is past the last stage")
 
     def _rate(self) -> float:
-        """Factor on the peak learning rates: warm-up, plateau, linear decay."""
-        warmup = (self.step + 1) / self.config.warmup_steps
-        left = 1 - self.step / self.total_steps
-        return min(1.0, warmup, left / self.config.decay_fraction)
+        """Factor on the peak learning rates: warm-up in every stage, linear decay at its end."""
+        stage, since = self._place()
+        steps = self.stages[stage].steps
+        left = (1 - since / steps) / self.config.decay_fraction
+        return min(1.0, (since + 1) / self.config.warmup_steps, left)
 
     def _log(self, every: int = 25) -> None:
         """Append means over the last ``every`` steps to ``training.jsonl``."""
