@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--model", default=zoo.VIDEO_MODEL)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.125])
-    parser.add_argument("--clips", type=int, default=40, help="of each seed")
+    parser.add_argument("--clips", type=int, default=12, help="of each seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stream", type=int, default=TEST)
     parser.add_argument("--questions", action="store_true", help="calibrate on questions as well")

@@ -54,6 +54,7 @@ class Stage:
         step_frames: frames per step, over all clips.
         questions: after each clip.
         steps: of the stage.
+        decay: whether the learning rates fall to zero at its end.
     """
 
     kind: str
@@ -61,11 +62,12 @@ class Stage:
     step_frames: int
     questions: int
     steps: int
+    decay: bool = True
 
 
 STAGES = (
     Stage("look", frames=(8,), step_frames=96, questions=0, steps=500),
-    Stage("read", frames=(4, 6, 8), step_frames=240, questions=8, steps=500),
+    Stage("read", frames=(4, 6, 8), step_frames=240, questions=8, steps=250, decay=False),
     Stage("watch", frames=(8, 24, 40), step_frames=120, questions=16, steps=150),
 )
 
@@ -380,11 +382,13 @@ class _Run:
         raise IndexError(f"step {self.step} is past the last stage")
 
     def _rate(self) -> float:
-        """Factor on the peak learning rates: warm-up in every stage, linear decay at its end."""
+        """Factor on the peak learning rates: warm-up, plateau, linear decay in every stage."""
         stage, since = self._place()
-        steps = self.stages[stage].steps
-        left = (1 - since / steps) / self.config.decay_fraction
-        return min(1.0, (since + 1) / self.config.warmup_steps, left)
+        warmup = (since + 1) / self.config.warmup_steps
+        if not self.stages[stage].decay:
+            return min(1.0, warmup)
+        left = (1 - since / self.stages[stage].steps) / self.config.decay_fraction
+        return min(1.0, warmup, left)
 
     def _log(self, every: int = 25) -> None:
         """Append means over the last ``every`` steps to ``training.jsonl``."""
