@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,16 @@ def test_one_memory_on_the_ragged_store_is_the_full_cache(model, bench):
     assert np.mean(little.correct) < np.mean(full.correct)
     assert little.kept < 0.13
     assert little.shares[0][20] == 0
+
+
+def test_the_page_runs(capsys):
+    page = (ROOT / "docs/video.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {"__name__": "page"}
+    exec(compile(block, "docs/video.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.count("frame ") == 40
+    assert names["cache"].report().kept_fraction == pytest.approx(0.25, abs=0.01)
 
 
 def test_the_page_has_the_measured_figures(bench, tmp_path):
