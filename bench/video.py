@@ -184,8 +184,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "keep": keep,
                 "held": float(np.mean([part.kept for part in parts])),
                 "correct": [int(x) for part in parts for x in part.correct],
-                "kinds": [x for part in parts for x in part.kinds],
-                "clips": [s * args.clips + i for s, p in enumerate(parts) for i in p.clips],
                 "by_seed": [float(np.mean(part.correct)) for part in parts],
                 "frames": frames_kept(
                     [row for part in parts for row in part.shares],
@@ -193,6 +191,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 ),
                 "example": [round(share, 3) for share in parts[0].shares[0]],
             }
+            if policy is None:  # the same for all
+                row["kinds"] = [x for part in parts for x in part.kinds]
+                row["clips"] = [s * args.clips + i for s, p in enumerate(parts) for i in p.clips]
             content["rows"].append(row | summary(row, ([*content["rows"], row])[0]))
             args.json.write_text(json.dumps(content) + "\n", encoding="utf-8")
             print(
@@ -237,7 +238,7 @@ def kinds_table(content: dict[str, Any], keep: float = 0.25) -> str:
         "|---|" + "---:|" * len(heads),
     ]
     for row in rows:
-        cells = [f"{100 * row['kinds'][kind]:.0f}" for kind in KINDS]
+        cells = [f"{100 * row['by_kind'][kind]:.0f}" for kind in KINDS]
         cells += [f"{100 * row['frames'][name]:.0f} %" for name in frames]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
