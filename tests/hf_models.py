@@ -283,21 +283,24 @@ AttentionMaskInterface.register("dense_oracle", sdpa_mask)
 
 @contextmanager
 def under_oracle(model: Any, oracle: DenseOracle) -> Iterator[None]:
-    """The model attends as the oracle does."""
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("dense_oracle")
+    """The model attends as the oracle does; towers beside the decoder keep their attention."""
+    config = model.config.get_text_config()
+    part = "" if config is model.config else "text_config"
+    before = config._attn_implementation
+    model.set_attn_implementation({part: "dense_oracle"})
     _current.append(oracle)
     try:
         yield
     finally:
         _current.pop()
-        model.set_attn_implementation(before)
+        model.set_attn_implementation({part: before})
 
 
-def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor) -> Tensor:
-    """Logits of every position of one row under the oracle's evictions."""
+def oracle_logits(model: Any, oracle: DenseOracle, ids: Tensor, **inputs: Any) -> Tensor:
+    """Logits of every position of one row under the oracle's evictions; ``inputs`` are what towers
+    beside the decoder read."""
     with under_oracle(model, oracle), torch.no_grad():
-        return model(ids, use_cache=True).logits
+        return model(ids, use_cache=True, **inputs).logits
 
 
 def greedy(model: Any, ids: Tensor, **kwargs: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Models of transformers that do not generate text, with a memory."""
+"""Memories in worlds that are not text, and beside other libraries."""

@@ -1,4 +1,4 @@
-"""Small models that come with the package or are found beside it.
+"""Small models of language, videos and control that come with the package or are found beside it.
 
 Example:
     >>> from namm_ext import zoo
@@ -18,17 +18,21 @@ from .converted import PACKAGED_MODELS, converted_folder, packaged_gguf
 
 DEFAULT_MODEL = "stdlib-1m"
 DEFAULT_CONTROLLER = "corridor"
+VIDEO_MODEL = "clips"
+"""Watches the videos of :mod:`namm_ext.zoo.clips`."""
 
 __all__ = [
     "DEFAULT_CONTROLLER",
     "DEFAULT_MODEL",
     "PACKAGED_MODELS",
+    "VIDEO_MODEL",
     "bundled_controllers",
     "bundled_models",
     "is_hub_id",
     "load_controller",
     "load_model",
     "load_tokenizer",
+    "load_video_model",
     "model_path",
     "packaged_gguf",
 ]
@@ -36,23 +40,24 @@ __all__ = [
 
 def bundled_models() -> list[str]:
     """Names of the language models that come with the package."""
-    return sorted(path.parent.name for path in _models_folder().glob("*/config.json"))
+    names = {path.parent.name for path in _models_folder().glob("*/config.json")}
+    return sorted(names - {VIDEO_MODEL})
 
 
 def model_path(name: str = DEFAULT_MODEL) -> Path:
     """The folder of a model; any tool that reads Hugging Face folders can use it.
 
     Args:
-        name: one of :func:`bundled_models`; one of `PACKAGED_MODELS`, whose file another
-            package carries; a GGUF file; or a folder with a ``config.json``. GGUF files are
-            converted on first use and kept in the user's cache folder.
+        name: one of :func:`bundled_models` or `VIDEO_MODEL`; one of `PACKAGED_MODELS`, whose file
+            another package carries; a GGUF file; or a folder with a ``config.json``. GGUF files
+            are converted on first use and kept in the user's cache folder.
 
     Raises:
         ImportError: if the package that carries the model, or reads it, is not installed.
         FileNotFoundError: if there is no such GGUF file.
         ValueError: if ``name`` is none of these.
     """
-    if name in bundled_models():
+    if name in (*bundled_models(), VIDEO_MODEL):
         return _models_folder() / name
     if name in PACKAGED_MODELS:
         return converted_folder(packaged_gguf(name))
@@ -61,7 +66,7 @@ def model_path(name: str = DEFAULT_MODEL) -> Path:
         return converted_folder(path)
     if (path / "config.json").is_file():
         return path
-    names = ", ".join([*bundled_models(), *PACKAGED_MODELS])
+    names = ", ".join([*bundled_models(), VIDEO_MODEL, *PACKAGED_MODELS])
     raise ValueError(
         f"name must be one of {names}, a GGUF file or a folder with a config.json, got {name!r}"
     )
@@ -93,6 +98,21 @@ def load_model(name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
+        _source(name), **{"dtype": torch.float32, **kwargs}
+    ).eval()
+
+
+def load_video_model(name: str = VIDEO_MODEL, **kwargs: Any) -> Any:
+    """A model that watches videos, on the CPU and in float32, ready to generate.
+
+    Args:
+        name: `VIDEO_MODEL`, a folder, or ``OWNER/NAME`` of the Hugging Face Hub.
+        **kwargs: for ``AutoModelForImageTextToText.from_pretrained``, such as ``dtype``.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
         _source(name), **{"dtype": torch.float32, **kwargs}
     ).eval()
 
