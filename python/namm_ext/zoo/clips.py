@@ -37,15 +37,7 @@ KINDS = ("color", "shape", "motion", "first", "last", "flash", "beside")
 """Kinds of questions."""
 
 PAD, BOS, EOS, VIDEO, IMAGE = "<pad>", "<bos>", "<eos>", "<video>", "<image>"
-_QUESTION_WORDS = (
-    "what", "color", "shape", "is", "the", "where", "goes", "comes", "first", "last", "flashes",
-    "in", "flash",
-)  # fmt: skip
-WORDS = (
-    "what", "color", "shape", "is", "the", "?", "where", "does", "move", "comes", "after", "first",
-    "flashes", "shows", "at", "flash",
-)  # fmt: skip
-WORDS: tuple[str, ...] = (
+_QUESTION_WORDS: tuple[str, ...] = (
     PAD,
     BOS,
     EOS,
