@@ -37,7 +37,11 @@ KINDS = ("color", "shape", "motion", "first", "last", "flash", "beside")
 """Kinds of questions."""
 
 PAD, BOS, EOS, VIDEO, IMAGE = "<pad>", "<bos>", "<eos>", "<video>", "<image>"
-_QUESTION_WORDS: tuple[str, ...] = (
+_QUESTION_WORDS = (
+    "what", "color", "shape", "is", "the", "where", "goes", "comes", "first", "last", "flashes",
+    "in", "flash",
+)  # fmt: skip
+WORDS: tuple[str, ...] = (
     PAD,
     BOS,
     EOS,
