@@ -137,7 +137,11 @@ def test_a_batch_asks_about_its_own_clips():
 
 
 def test_the_recipe_runs_and_goes_on(tmp_path, monkeypatch):
-    stages = (train_video.Stage((3,), 6, 3, 2), train_video.Stage((4,), 8, 3, 2))
+    stages = (
+        train_video.Stage("look", (4,), 8, 0, 1),
+        train_video.Stage("read", (4,), 8, 3, 1, decay=False),
+        train_video.Stage("watch", (4,), 8, 3, 2),
+    )
     whole = train_video.train_video(tmp_path / "whole", stages=stages)
     real = train_video._Run.train_step
 

@@ -314,6 +314,7 @@ def test_a_layer_between_memories_reads_a_call_once():
     cache = NAMMCache(model, StreamingLLM(8, 16))
     model(ids, past_key_values=cache)
     recurrent = cache.session.recurrent
+    assert not recurrent._before  # old states are held no longer than a call
     layer_idx = next(i for i in recurrent.layers if recurrent.first < i < recurrent.last)
     cache.get_conv_state(layer_idx)
     with pytest.raises(ValueError, match=rf"failed, and layer {layer_idx} cannot go back"):

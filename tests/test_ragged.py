@@ -389,6 +389,15 @@ def test_a_crop_keeps_the_pending_updates_of_other_rows():
     same(kv, fresh)
 
 
+def test_nothing_is_rolled_back_behind_a_crop():
+    kv = make(policy())
+    kv.mark()
+    run(kv, *inputs(21))
+    kv.crop([2, 1, 0])
+    kv.roll_back()
+    assert kv.seen == (19, 20, 21)
+
+
 def test_crop_refuses_what_it_cannot_do():
     q, k, v = inputs(40)
     kv = make(policy())

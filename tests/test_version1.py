@@ -15,6 +15,7 @@ from namm_ext import NAMM, Budget, NAMMConfig, baselines
 from namm_ext.policy import version1
 from namm_ext.policy.files import FORMAT_VERSION
 from small_context import context, kept_positions
+from test_budget import small_calibration
 
 FOLDER = Path(__file__).parent / "data" / "version_1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -52,3 +53,9 @@ def test_a_part_of_the_config_takes_its_defaults():
     assert version1.split_config({"n_up": 64}) == (NAMMConfig(n_up=64), Budget(threshold=0.0))
     with pytest.raises(TypeError, match="values must be a mapping, got int"):
         version1.split_config(3)
+
+
+def test_version_1_had_neither_gate_nor_calibration():
+    memory = NAMM(NAMMConfig())
+    assert memory.earlier_fingerprints()
+    assert memory.with_calibration(small_calibration()).earlier_fingerprints() == ()

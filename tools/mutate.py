@@ -50,7 +50,7 @@ AREAS: dict[str, tuple[str, ...]] = {
     "python/namm_ext/ragged": ("ragged", *CACHE),
     "python/namm_ext/patching.py": ("huggingface_patch", "huggingface_parallel", *CACHE),
     "python/namm_ext/report.py": ("huggingface_memory", *CACHE),
-    "python/namm_ext/policy": (*POLICY, "golden", *CACHE),
+    "python/namm_ext/policy": (*POLICY, "golden", "fitting", *CACHE),
     "python/namm_ext/budget.py": ("budget", *POLICY, *CACHE),
     "python/namm_ext/config.py": ("config", *POLICY),
     "python/namm_ext/baselines": ("baselines", "budget", "measure", "huggingface"),

@@ -41,10 +41,6 @@ _QUESTION_WORDS = (
     "what", "color", "shape", "is", "the", "where", "goes", "comes", "first", "last", "flashes",
     "in", "flash",
 )  # fmt: skip
-WORDS = (
-    "what", "color", "shape", "is", "the", "?", "where", "does", "move", "comes", "after", "first",
-    "flashes", "shows", "at", "flash",
-)  # fmt: skip
 WORDS: tuple[str, ...] = (
     PAD,
     BOS,

@@ -138,7 +138,7 @@ def new_model(config: VideoConfig) -> Any:
         patch_size=8,
         projection_dim=config.vision_size,
     )
-    model = LlavaNextVideoForConditionalGeneration(
+    model: Any = LlavaNextVideoForConditionalGeneration(
         LlavaNextVideoConfig(
             text_config=text,
             vision_config=vision,
