@@ -28,8 +28,8 @@ RULES = ("KeyDiff", "Random")
 
 
 def carried_over(source: str, model: Any, tokenizer: Any, count: int = 4) -> NAMM:
-    """A bundled memory without its gate, calibrated for another model as `namm calibrate` does."""
-    memory = NAMM.from_pretrained(f"bundled:{source}").with_gate(None).with_budget(
+    """A memory without its gate, calibrated for another model as `namm calibrate` does."""
+    memory = NAMM.from_pretrained(source).with_gate(None).with_budget(
         size=KEEP, scope="global", layer_shares=None, threshold=None, sink_tokens=4,
         recent_tokens=32,
     )  # fmt: skip
@@ -40,20 +40,21 @@ def carried_over(source: str, model: Any, tokenizer: Any, count: int = 4) -> NAM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=SOURCES)
+    parser.add_argument("--policy", help="another memory than the bundled one of the other model")
     parser.add_argument("--json", type=Path, help="by default bench/results/transfer-MODEL.json")
     parser.add_argument("--questions", type=int, default=17, help="per task, on a model that chats")
     args = parser.parse_args()
     torch.set_num_threads(1)  # roundings of bfloat16 depend on it
     model = zoo.load_model(args.model, dtype=DTYPES[args.model])
     tokenizer = zoo.load_tokenizer(args.model)
-    source = SOURCES[args.model]
+    source = args.policy or f"bundled:{SOURCES[args.model]}"
     began = time.perf_counter()
     memory = carried_over(source, model, tokenizer)
     print(f"{source} calibrated for {args.model} in {time.perf_counter() - began:.0f} s")
     own = NAMM.from_pretrained(f"bundled:{args.model}")
     methods = [
         measure.full_method(),
-        measure.Method(source, memory),
+        measure.Method(Path(source).name.removeprefix("bundled:"), memory),
         measure.Method("own", own),
         *measure.baseline_methods(args.model, own, RULES),
     ]
