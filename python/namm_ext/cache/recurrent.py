@@ -129,9 +129,8 @@ class Recurrent:
             if calls != self.done + (i <= self.first):
                 refuse(i)
 
-    def commit(self) -> None:
-        """The last memory has taken a call."""
-        self.done += 1
+    def call_ended(self) -> None:
+        """The last memory has taken a call: nothing of before it is needed."""
         self._read.clear()
         self._before.clear()
 

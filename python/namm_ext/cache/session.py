@@ -107,8 +107,10 @@ class Session:
             update_together(self.stores, self._faults())
             self._unread = None
         self.stores.clear()
-        self.length, self._past, self.ends = self.target, self._mask, None
-        self.recurrent.commit()
+        recurrent, done = self.recurrent, self.recurrent.done + 1
+        # In one line, which an interruption falls before or behind.
+        self.length, self._past, self.ends, recurrent.done = self.target, self._mask, None, done
+        recurrent.call_ended()
 
     def advance(self) -> None:
         """All layers have taken a column of text, and the device knows already."""
