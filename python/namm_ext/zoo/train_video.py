@@ -67,8 +67,8 @@ class Stage:
 
 STAGES = (
     Stage("look", frames=(8,), step_frames=96, questions=0, steps=500),
-    Stage("read", frames=(4, 6, 8), step_frames=240, questions=8, steps=250, decay=False),
-    Stage("watch", frames=(8, 24, 40), step_frames=120, questions=16, steps=110),
+    Stage("read", frames=(4, 6, 8), step_frames=240, questions=8, steps=500, decay=False),
+    Stage("watch", frames=(8, 24, 40), step_frames=120, questions=16, steps=1200),
 )
 
 QUICK_STAGES = tuple(
