@@ -18,6 +18,7 @@ import torch
 from namm_ext import NAMM, measure, zoo
 from namm_ext.fitting import calibrate, training_texts
 from namm_ext.fitting.calibrate import targets_of
+from namm_ext.measure import tables
 from namm_ext.measure.progress import progress
 from rich.console import Console
 
@@ -74,7 +75,7 @@ def main() -> None:
     console = Console()
     with progress(console, len(steps)) as show:
         measure.compare(steps, results, show)
-    console.print(measure.tables.answers_table(results))
+    console.print(tables.answers_table(results))
 
 
 if __name__ == "__main__":
