@@ -18,11 +18,9 @@ import torch
 from namm_ext import NAMM, measure, zoo
 from namm_ext.fitting import calibrate, training_texts
 from namm_ext.fitting.calibrate import targets_of
-from namm_ext.measure import tables
-from namm_ext.measure.progress import progress
-from rich.console import Console
+from side_by_side import LENGTH, side_by_side
 
-MODEL, LENGTH, KEEP = "smollm2-135m", 1024, 0.25
+MODEL = "smollm2-135m"
 ALL = ("global", "per_layer", "per_head")
 SCOPES = {
     "offsets alone": ALL[:1],
@@ -69,13 +67,7 @@ def main() -> None:
         "model": MODEL, "dtype": "bfloat16", "split": "test", "tasks": "all",
         "num_windows": args.windows, "questions": args.questions, "question_visible": False,
     }  # fmt: skip
-    results = measure.Results(settings, args.json)
-    timing = measure.Timing(repeats=0)
-    steps = measure.plan(model, tokenizer, methods, [workload], [KEEP], results, timing)
-    console = Console()
-    with progress(console, len(steps)) as show:
-        measure.compare(steps, results, show)
-    console.print(tables.answers_table(results))
+    side_by_side(model, tokenizer, methods, workload, settings, args.json)
 
 
 if __name__ == "__main__":

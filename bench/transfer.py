@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from namm_ext import NAMM, measure, zoo
 from namm_ext.fitting import calibrate, calibrate_statistics, training_texts
-from namm_ext.measure import tables
-from namm_ext.measure.progress import progress
-from rich.console import Console
+from side_by_side import KEEP, LENGTH, side_by_side
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LENGTH, KEEP = 1024, 0.25
 SOURCES = {"stdlib-1m": "smollm2-135m-attention", "smollm2-135m": "stdlib-1m"}
 DTYPES = {"stdlib-1m": torch.float32, "smollm2-135m": torch.bfloat16}
 RULES = ("KeyDiff", "Random")
@@ -69,13 +66,8 @@ def main() -> None:
         )
     else:
         workload = measure.RecordWorkload.make(tokenizer, "test", length=LENGTH)
-    results = measure.Results(settings, args.json or RESULTS / f"transfer-{args.model}.json")
-    timing = measure.Timing(repeats=0)
-    steps = measure.plan(model, tokenizer, methods, [workload], [KEEP], results, timing)
-    console = Console()
-    with progress(console, len(steps)) as show:
-        measure.compare(steps, results, show)
-    console.print(tables.answers_table(results))
+    path = args.json or RESULTS / f"transfer-{args.model}.json"
+    side_by_side(model, tokenizer, methods, workload, settings, path)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,8 @@ def test_the_recipe_runs_and_goes_on(tmp_path, monkeypatch):
         patched.setattr(train_video._Run, "train_step", stop)
         with pytest.raises(KeyboardInterrupt):
             train_video.train_video(tmp_path / "cut", stages=stages, checkpoint_every=1)
+    with pytest.raises(ValueError, match="a checkpoint of a run with other arguments"):
+        train_video.train_video(tmp_path / "cut", stages=stages, seed=1)
     seen = []
     cut = train_video.train_video(tmp_path / "cut", stages=stages, on_log=seen.append)
     assert [line["step"] for line in seen] == [4]

@@ -12,12 +12,13 @@ from hf_models import COMMON, build
 from namm_ext import NAMM, NAMMCache, baselines, reference, tasks, zoo
 from namm_ext.evolution import (
     DiagonalCMA,
+    EvolveConfig,
     RecordProblem,
     calibrate_statistics,
     evaluate_policy,
     evaluate_population,
 )
-from small_evolution import MEMORY, N_UP, bank, make_problem
+from small_evolution import CONFIG, MEMORY, N_UP, bank, make_problem
 
 pytest.importorskip("cma")
 
@@ -195,3 +196,18 @@ def test_statistics_are_those_of_a_direct_computation(
     features = torch.cat(seen)
     torch.testing.assert_close(mean, features.mean(0).float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(var, features.var(0, correction=0).float(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generations": 0}, "generations must be at least 1, got 0"),
+        ({"popsize": 1}, "popsize must be at least 2, got 1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"sigma0": 0.0}, "sigma0 must be positive, got 0.0"),
+    ],
+)
+def test_configuration_is_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        EvolveConfig(**{**vars(CONFIG), **changes})
+    assert str(error.value) == f"EvolveConfig: {message}"

@@ -19,7 +19,6 @@ from hf_models import COMMON, build
 from namm_ext import NAMM, remove, zoo
 from namm_ext.evolution import (
     Evaluation,
-    EvolveConfig,
     ImitateConfig,
     RecordProblem,
     evolve,
@@ -421,21 +420,6 @@ def test_what_is_not_a_number_is_reported_and_not_logged(
     monkeypatch.setattr(NotANumber, "which", "nothing")
     resumed = evolve(model, NotANumber(**values), CONFIG, tmp_path)
     assert without_time(resumed.log) == without_time(evolve(model, problem, CONFIG).log)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"generations": 0}, "generations must be at least 1, got 0"),
-        ({"popsize": 1}, "popsize must be at least 2, got 1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"sigma0": 0.0}, "sigma0 must be positive, got 0.0"),
-    ],
-)
-def test_configuration_is_checked(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        EvolveConfig(**{**vars(CONFIG), **changes})
-    assert str(error.value) == f"EvolveConfig: {message}"
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_read(

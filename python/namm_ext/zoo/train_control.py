@@ -26,6 +26,7 @@ from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
 from ..integrations.control import one_hot, roll_out
 from ..tasks.corridor import Corridor, CorridorConfig, Episodes, record
+from .training import descend, make_optimizers
 
 #: What the bundled model acts in.
 CORRIDOR = CorridorConfig()
@@ -188,7 +189,8 @@ class _Run:
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         self.model = new_model(self.config)
-        self.optimizers = _optimizers(self.model, self.config)
+        layers = [p for p in self.model.encoder.h.parameters() if p.ndim == 2]
+        self.optimizers = make_optimizers(self.model, layers, self.config)
         self.total = sum(stage.steps for stage in self.stages)
 
     def train(self, every: int = 20) -> Any:
@@ -230,14 +232,8 @@ class _Run:
         losses = losses.view(batch, length)
         is_door = torch.from_numpy(seen.states[..., 2] > 0)
         weights = torch.where(is_door, self.config.door_weight, 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * self._rate()
-        ((losses * weights).sum() / weights.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        loss = (losses * weights).sum() / weights.sum()
+        descend(loss, self.model, self.optimizers, self._rate())
         right = predicted.detach().argmax(-1) == actions
         return {"loss": losses.mean().item(), **_accuracies(right, seen, is_door)}
 
@@ -276,19 +272,6 @@ def _accuracies(right: Tensor, seen: Episodes, is_door: Tensor) -> dict[str, flo
         "door_accuracy": (right & doors).sum().item() / max(1, doors.sum().item()),
         "cell_accuracy": (right & cells).sum().item() / max(1, cells.sum().item()),
     }
-
-
-def _optimizers(model: Any, config: ControlConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices of the layers, AdamW for everything else."""
-    layers = [p for p in model.encoder.h.parameters() if p.ndim == 2]
-    in_layers = {id(p) for p in layers}
-    others = [p for p in model.parameters() if id(p) not in in_layers]
-    return (
-        torch.optim.Muon([{"params": layers, "peak_lr": config.matrix_lr}], weight_decay=0.01),
-        torch.optim.AdamW(
-            [{"params": others, "peak_lr": config.other_lr}], betas=(0.9, 0.95), weight_decay=0.0
-        ),
-    )
 
 
 def main() -> None:

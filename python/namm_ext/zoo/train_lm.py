@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._files import lock_folder, write_file
+from .._files import lock_folder
 from ..corpus import load_documents
 from ..tasks import (
     EVOLUTION_FAMILIES,
@@ -32,6 +32,7 @@ from ..tasks import (
     stack,
 )
 from .tokenizer import train_tokenizer
+from .training import Run, descend, make_optimizers
 
 LM_FAMILIES = EVOLUTION_FAMILIES + HELD_OUT_FAMILIES
 
@@ -166,33 +167,27 @@ def train_lm(
 
 
 @dataclass
-class _Run:
-    """A training run: all that a checkpoint has to hold, and one step."""
+class _Run(Run):
+    """A training run, and one step."""
 
-    folder: Path
-    seed: int
-    stages: tuple[Stage, ...]
-    config: LMConfig
-    on_log: Callable[[dict[str, Any]], None] | None
-    step: int = 0
+    counters = ("step", "tokens", "cpu_seconds", "wall_seconds")
+
     tokens: int = 0
-    cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     _recent: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = self.folder / "checkpoint.pt"
+        super().__post_init__()
         self.documents = load_documents("train")
         self.tokenizer = train_tokenizer(self.documents, self.config.vocab_size)
         torch.manual_seed(self.seed)
         self.model = _new_model(self.config, self.tokenizer)
-        self.optimizers = _optimizers(self.model, self.config)
-        self.total_steps = sum(stage.steps for stage in self.stages)
+        layers = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
+        self.optimizers = make_optimizers(self.model, layers, self.config)
 
     def train_step(self) -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
-        stage = self._stage()
+        stage, _ = self.place()
         # Data depend on (seed, step) alone, so a resumed run sees what an unbroken one would.
         rng = np.random.default_rng([self.seed, self.step])
         length = int(rng.choice(stage.lengths))
@@ -230,32 +225,18 @@ class _Run:
         weights[is_answer] = self.config.answer_weight
         weights[is_value] = self.config.value_weight
 
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * self._rate()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = self.model(input_ids=input_ids[:, :-1], use_cache=False).logits
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses = losses.float().view_as(targets)
-        ((losses * weights).sum() / weights.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        loss = (losses * weights).sum() / weights.sum()
+        descend(loss, self.model, self.optimizers, self._rate())
         correct = logits.detach().argmax(-1) == targets
         return {
             "text_loss": losses[~is_answer & ~is_value].mean().item(),
             "answer_loss": losses[is_answer].mean().item(),
             "answer_token_accuracy": correct[is_answer].float().mean().item(),
         }
-
-    def _stage(self) -> Stage:
-        remaining = self.step
-        for stage in self.stages:
-            if remaining < stage.steps:
-                return stage
-            remaining -= stage.steps
-        raise IndexError(f"step {self.step} is past the last stage")
 
     def _rate(self) -> float:
         """Factor on the peak learning rates: warm-up, plateau, linear decay."""
@@ -274,61 +255,19 @@ class _Run:
         line["cpu_seconds"] = round(self.cpu_seconds, 1)
         line["wall_seconds"] = round(self.wall_seconds, 1)
         self._recent.clear()
-        with (self.folder / "training.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.on_log is not None:
-            self.on_log({**line, "total_steps": self.total_steps})
-
-    def save_checkpoint(self) -> None:
-        state = {
-            "arguments": self._arguments(),
-            "step": self.step,
-            "tokens": self.tokens,
-            "cpu_seconds": self.cpu_seconds,
-            "wall_seconds": self.wall_seconds,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        write_file(self.checkpoint, lambda file: torch.save(state, file))
-
-    def resume(self) -> None:
-        """Continue from a checkpoint in the folder, or begin a new log."""
-        log = self.folder / "training.jsonl"
-        if not self.checkpoint.exists():
-            log.write_text("")
-            return
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["arguments"] != self._arguments():
-            raise ValueError(
-                f"output_dir {self.folder} holds a checkpoint of a run with other arguments: "
-                f"expected {self._arguments()}, got {state['arguments']}"
-            )
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.cpu_seconds, self.wall_seconds = state["cpu_seconds"], state["wall_seconds"]
-        self.model.load_state_dict(state["model"])
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        lines = log.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.write_log(line)
 
     def save_model(self, folder: Path) -> None:
         """Write the model in bfloat16, with its tokenizer, as ``from_pretrained`` reads them."""
         copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _arguments(self) -> dict[str, Any]:
-        """What a run is made from, in plain lists and numbers."""
-        stages = [asdict(stage) for stage in self.stages]
-        arguments = {"seed": self.seed, "stages": stages, "config": asdict(self.config)}
-        return json.loads(json.dumps(arguments))
-
     def facts(self) -> dict[str, Any]:
         """How the model came about, for ``metrics.json``."""
         import transformers
 
         return {
-            **self._arguments(),
+            **self.arguments(),
             "families": list(LM_FAMILIES),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.step,
@@ -362,19 +301,6 @@ def _new_model(config: LMConfig, tokenizer: Any) -> Any:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    )
-
-
-def _optimizers(model: Any, config: LMConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices of the layers, AdamW for the embeddings and the norms."""
-    layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    in_layers = {id(p) for p in layers}
-    others = [p for p in model.parameters() if id(p) not in in_layers]
-    return (
-        torch.optim.Muon([{"params": layers, "peak_lr": config.matrix_lr}], weight_decay=0.01),
-        torch.optim.AdamW(
-            [{"params": others, "peak_lr": config.other_lr}], betas=(0.9, 0.95), weight_decay=0.0
-        ),
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._files import lock_folder, write_file
+from .._files import lock_folder
 from .clips import (
     BOS,
     EOS,
@@ -41,6 +40,7 @@ from .clips import (
     encode,
     make_tokenizer,
 )
+from .training import Run, descend, make_optimizers
 
 
 @dataclass(frozen=True)
@@ -288,31 +288,24 @@ def train_video(
 
 
 @dataclass
-class _Run:
-    """A training run: all that a checkpoint has to hold, and one step."""
+class _Run(Run):
+    """A training run, and one step."""
 
-    folder: Path
-    seed: int
-    stages: tuple[Stage, ...]
-    config: VideoConfig
-    on_log: Callable[[dict[str, Any]], None] | None
-    step: int = 0
-    cpu_seconds: float = 0.0
     _recent: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = self.folder / "checkpoint.pt"
+        super().__post_init__()
         torch.manual_seed(self.seed)
         self.model = new_model(self.config).train()
         # Frames are short: without the fused attention their gradients cost half.
         self.model.set_attn_implementation({"vision_config": "eager"})
-        self.optimizers = _optimizers(self.model, self.config)
-        self.total_steps = sum(stage.steps for stage in self.stages)
+        named = self.model.named_parameters()
+        layers = [p for name, p in named if ".layers." in name and p.ndim == 2]
+        self.optimizers = make_optimizers(self.model, layers, self.config)
 
     def train_step(self) -> None:
         began = time.process_time()
-        stage = self._stage()
+        stage, _ = self.place()
         # Clips depend on (seed, step) alone, so a resumed run sees what an unbroken one would.
         rng = np.random.default_rng([self.seed, self.step])
         frames = int(rng.choice(stage.frames))
@@ -359,35 +352,15 @@ class _Run:
         return loss.item(), batch.kinds, logits.argmax(-1) == targets
 
     def _follow(self, loss: Tensor) -> None:
-        """Down the gradient of a loss."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * self._rate()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def _stage(self) -> Stage:
-        return self.stages[self._place()[0]]
-
-    def _place(self) -> tuple[int, int]:
-        """Index of the stage, and steps since it began."""
-        remaining = self.step
-        for i, stage in enumerate(self.stages):
-            if remaining < stage.steps:
-                return i, remaining
-            remaining -= stage.steps
-        raise IndexError(f"step {self.step} is past the last stage")
+        descend(loss, self.model, self.optimizers, self._rate())
 
     def _rate(self) -> float:
         """Factor on the peak learning rates: warm-up, plateau, linear decay in every stage."""
-        stage, since = self._place()
+        stage, since = self.place()
         warmup = (since + 1) / self.config.warmup_steps
-        if not self.stages[stage].decay:
+        if not stage.decay:
             return min(1.0, warmup)
-        left = (1 - since / self.stages[stage].steps) / self.config.decay_fraction
+        left = (1 - since / stage.steps) / self.config.decay_fraction
         return min(1.0, warmup, left)
 
     def _log(self, every: int = 25) -> None:
@@ -407,50 +380,7 @@ class _Run:
             },
             "cpu_seconds": round(self.cpu_seconds, 1),
         }
-        with (self.folder / "training.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.on_log is not None:
-            self.on_log(line)
-
-    def save_checkpoint(self) -> None:
-        state = {
-            "step": self.step,
-            "cpu_seconds": self.cpu_seconds,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        write_file(self.checkpoint, lambda file: torch.save(state, file))
-
-    def resume(self) -> None:
-        """Continue from a checkpoint in the folder, or begin a new log."""
-        log = self.folder / "training.jsonl"
-        if not self.checkpoint.exists():
-            log.write_text("")
-            return
-        state = torch.load(self.checkpoint, weights_only=True)
-        self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
-        self.model.load_state_dict(state["model"])
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        lines = log.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def _optimizers(model: Any, config: VideoConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices of the layers, AdamW for everything else."""
-    matrices = {
-        id(p): p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2
-    }
-    others = [p for p in model.parameters() if id(p) not in matrices]
-    return (
-        torch.optim.Muon(
-            [{"params": list(matrices.values()), "peak_lr": config.matrix_lr}], weight_decay=0.01
-        ),
-        torch.optim.AdamW(
-            [{"params": others, "peak_lr": config.other_lr}], betas=(0.9, 0.95), weight_decay=0.0
-        ),
-    )
+        self.write_log(line)
 
 
 if __name__ == "__main__":
