@@ -232,6 +232,30 @@ def test_demo(tmp_path: Path, demo_files: list[str]) -> None:
     assert values["example"] is None
 
 
+def test_demo_keeps_what_it_is_told(demo_files: list[str], tmp_path: Path) -> None:
+    options = ["--keep", "0.125", "--length", "320", "--dtype", "bfloat16", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*demo_files, *options])
+    assert result.exit_code == 0, result.output
+    values = json.loads((tmp_path / "demo.json").read_text())
+    full, *others = values["rows"]
+    config = zoo.load_model().config
+    row_bytes = 2 * 2 * config.head_dim * config.num_key_value_heads
+    assert full["cost"]["kv_bytes"] == config.num_hidden_layers * 320 * row_bytes
+    for row in others:
+        assert row["kept"] == pytest.approx(0.125), row["method"]
+    saved = NAMM.from_pretrained(tmp_path / "evolved" / "policy")
+    assert saved.budget.size == 16  # of the 128 tokens of its contexts
+
+
+def test_wrong_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = run(monkeypatch, "demo", "--keep", "1.5")
+    assert message == "namm: --keep must be between 0 and 1, got 1.5"
+    message = run(monkeypatch, "demo", "--length", "64")
+    assert message == "namm: --length must be at least 256, got 64"
+    message = run(monkeypatch, "demo", "--dtype", "int8")
+    assert message == "namm: --dtype must be float32, bfloat16 or float16, got 'int8'"
+
+
 def test_demo_stops_with_what_is_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo_files: list[str]
 ) -> None:

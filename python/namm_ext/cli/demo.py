@@ -12,6 +12,8 @@ from rich.console import Console
 
 from .. import __version__
 from .shared import (
+    Device,
+    DType,
     Json,
     Policy,
     Threads,
@@ -44,6 +46,18 @@ def demo(
         ),
     ] = None,
     policy: Policy = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="A head may keep this share of a context's tokens, on average.",
+            show_default="0.25",
+        ),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Contexts have so many tokens.", show_default="1024")
+    ] = None,
+    dtype: DType = "float32",
+    device: Device = None,
     seconds: Annotated[
         float | None,
         typer.Option(
@@ -54,13 +68,21 @@ def demo(
 ) -> None:
     """Let a model answer from a quarter of its cache, compare memories, and evolve a new one."""
     need("cma")
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(f"--keep must be between 0 and 1, got {keep}")
+    if length is not None and length < 256:
+        raise ValueError(f"--length must be at least 256, got {length}")
     set_threads(threads)
     console = make_console()
-    loaded, tokenizer, model_name = _load(model, console)
+    loaded, tokenizer, model_name = _load(model, dtype, device, console)
     memory, policy_name = load_policy(policy, model_name)
     from ..demo import QUICK, DemoConfig, Subject, run_demo
 
     config = QUICK if quick else DemoConfig()
+    if length is not None:
+        config = replace(config, length=length)
+    if keep is not None:
+        config = replace(config, keep=keep, evolution=replace(config.evolution, keep=keep))
     if seconds is not None:
         config = replace(config, evolution=replace(config.evolution, seconds=seconds))
     if output is None:
@@ -81,12 +103,14 @@ def demo(
         raise typer.Exit(130)
 
 
-def _load(name: str | None, console: Console) -> tuple[Any, Any, str]:
+def _load(
+    name: str | None, dtype: str, device: str | None, console: Console
+) -> tuple[Any, Any, str]:
     """The model that was asked for; otherwise the real one, or the bundled one in its place."""
     if name is not None:
-        return load_model(name)
+        return load_model(name, dtype, device)
     try:
-        return load_model(REAL_MODEL)
+        return load_model(REAL_MODEL, dtype, device)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):  # of an extra: nothing would work
             raise
@@ -94,4 +118,4 @@ def _load(name: str | None, console: Console) -> tuple[Any, Any, str]:
             f"[yellow]{REAL_MODEL} is not installed (make real-model does it), so the bundled "
             "model of 1 M parameters takes its place.[/]"
         )
-    return load_model(None)
+    return load_model(None, dtype, device)

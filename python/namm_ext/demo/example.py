@@ -63,7 +63,7 @@ def show_example(
     reading, which = _first_answered(model, tokenizer, length)
     question = reading.questions[which]
     text = tokenizer.decode(question.ids)
-    ids = torch.tensor([[*reading.context_ids, *question.ids]])
+    ids = torch.tensor([[*reading.context_ids, *question.ids]], device=model.device)
     full = _generate(model, tokenizer, ids, new_tokens)
     with patch(model, fixed_budget(policy, keep, length)) as memory:
         answer = _generate(model, tokenizer, ids, new_tokens)
