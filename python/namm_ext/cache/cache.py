@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..policy import Policy
+from ..policy.origin import say_if_foreign
 from ..ragged import lasting
 from ..report import LayerReport, Report
 from . import files
@@ -81,6 +82,7 @@ class NAMMCache(RecurrentCache):
         if policy.calibration is not None:
             heads = getattr(config, "num_key_value_heads", None)
             policy.calibration.check_model(len(layers), heads)
+        say_if_foreign(policy, config)
         memories = [i for i, layer in enumerate(layers) if has_memory(layer)]
         states = {i: recurrent_part(layer) for i, layer in enumerate(layers)}
         session = Session(

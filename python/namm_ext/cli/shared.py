@@ -100,13 +100,14 @@ def load_policy(name: str | None, model: str = "") -> tuple[NAMM, str]:
 
     if name is None:
         own = model in bundled_policies()
+        name = f"bundled:{model if own else zoo.DEFAULT_MODEL}"
         if not own and model:
             typer.echo(
                 f"namm: no memory comes with {model}; bundled:{zoo.DEFAULT_MODEL}, which was "
                 f"evolved on another model, takes its place. `namm fit {model} DIR` makes one.",
                 err=True,
             )
-        name = f"bundled:{model if own else zoo.DEFAULT_MODEL}"
+            return NAMM.from_pretrained(name).with_made_for(None), name  # it is said
     return NAMM.from_pretrained(name), name
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..cache import borrow
+from ..cache.families import decoder_config
 from ..config import NAMMConfig
 from ..policy import NAMM, Policy, StatisticsCalibrator
 from .evaluate import MAX_TOKENS, Context, Evaluation, by_length, read
@@ -294,6 +295,8 @@ class _Run:
             policy: Any = self.policy_of(vectors)
         else:
             policy = NAMM(self.config.namm, vectors, self.mean, self.var)
+        if isinstance(policy, NAMM):
+            policy = policy.with_made_for(decoder_config(self.model.config))
         return policy.with_budget(self.config.budget.of_context(length))
 
     def step(self) -> dict[str, Any]:

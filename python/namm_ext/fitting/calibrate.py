@@ -94,7 +94,8 @@ def calibrate_statistics(
             ids = torch.tensor([text.ids], device=model.device)
             model.base_model(ids, **given, use_cache=True)
             on_text(number)
-    return policy.with_statistics(collector)
+    ready = policy.with_statistics(collector)
+    return ready.with_made_for(decoder_config(model.config))
 
 
 def calibrate(
@@ -132,8 +133,9 @@ def calibrate(
         on_text(number)
     scaled = not policy.predicts_importance
     found = calibration_of(scores, known, policy.budget, scaled=scaled)
-    num_layers = decoder_config(model.config).num_hidden_layers
-    return policy.with_calibration(_for_all_layers(found, list(by_layer), num_layers))
+    config = decoder_config(model.config)
+    ready = _for_all_layers(found, list(by_layer), config.num_hidden_layers)
+    return policy.with_calibration(ready).with_made_for(config)
 
 
 def _for_all_layers(found: Calibration, index: list[int], num_layers: int) -> Calibration:

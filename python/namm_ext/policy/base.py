@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +24,7 @@ from ..budget import Budget, whole_tokens
 from ..transfer import from_host
 from ..values import Segments, Window
 from .calibration import Calibration
+from .origin import shape_of
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Policy:
             queries.
         budget: how much stays; no limit by default.
         calibration: what makes layers and heads comparable, for one model; None for none.
+        made_for: shape of the model that it was fitted to, evolved on or calibrated for; None if
+            it was made for none.
         min_recent: newest tokens that stay whatever the budget says, as far as there is room.
         predicts_importance: whether scores are meant as log importance, so that a calibration adds
             offsets to them and does not scale them.
@@ -84,6 +87,7 @@ class Policy:
     needs_window: bool = True
     budget: Budget = Budget()
     calibration: Calibration | None = None
+    made_for: Mapping[str, Any] | None = None
     min_recent: int = 0
     predicts_importance: bool = False
     two_passes: bool = False
@@ -205,6 +209,12 @@ class Policy:
         """The same policy, calibrated for a model."""
         other = copy.copy(self)
         other.calibration = calibration
+        return other
+
+    def with_made_for(self: PolicyT, config: Any) -> PolicyT:
+        """The same policy, made for the model of a decoder's configuration, or for none (None)."""
+        other = copy.copy(self)
+        other.made_for = None if config is None else shape_of(config)
         return other
 
     def for_context(self, model: Any, tokenizer: Any, ids: Sequence[int]) -> Policy:

@@ -98,7 +98,13 @@ def read_policy(name: str, revision: str | None = None) -> StoredPolicy:
         )
     if tensors["count"].numel() != 1:
         raise ValueError(f"{path}: count must be one number, got {list(tensors['count'].shape)}")
-    arguments = {**tensors, "count": int(tensors["count"]), "config": config, "budget": budget}
+    arguments = {
+        **tensors,
+        "count": int(tensors["count"]),
+        "config": config,
+        "budget": budget,
+        "made_for": content.get("made_for"),
+    }
     try:
         if parts["calibration"]:
             arguments["calibration"] = Calibration.from_tensors(parts["calibration"])
@@ -166,6 +172,8 @@ def _read_content(path: Path) -> dict[str, Any]:
     version = content.get("format_version")
     if version not in (1, 2, FORMAT_VERSION):
         raise ValueError(f"{path}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}")
+    if not isinstance(content.get("made_for", {}), dict):
+        raise ValueError(f"{path}: made_for must be a section, got {content['made_for']!r}")
     for section in ("config",) if version == 1 else ("config", "budget"):
         if not isinstance(content.get(section), dict):
             raise ValueError(f"{path}: section {section!r} is missing; save the policy again")

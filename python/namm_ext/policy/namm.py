@@ -39,6 +39,7 @@ class NAMM(Policy):
             ``score >= 0``.
         calibration: what makes the scores of a model's layers and heads comparable.
         gate: what a token's own keys and values add to its score, for one model.
+        made_for: shape of the model that it was made for; another one is warned about.
         source: what error messages name.
 
     Raises:
@@ -63,6 +64,7 @@ class NAMM(Policy):
         budget: Budget | int | float | None = None,
         calibration: Calibration | None = None,
         gate: Gate | None = None,
+        made_for: Mapping[str, Any] | None = None,
         source: str = "NAMM",
     ) -> None:
         n = config.num_params
@@ -88,6 +90,7 @@ class NAMM(Policy):
         self.budget = Budget(threshold=0.0) if budget is None else as_budget(budget)
         self.calibration = calibration
         self.gate = gate
+        self.made_for = made_for
         self.needs_window = config.scorer != "none"
         self.num_state = reference.NUM_BINS * self.needs_window + (gate is not None)
 
@@ -202,7 +205,8 @@ class NAMM(Policy):
 
     def _with(self, **changes: Any) -> NAMM:
         names = ("config", "params", "mean", "var", "count", "budget", "calibration", "gate")
-        return NAMM(**{**{name: getattr(self, name) for name in names}, **changes})
+        own = {name: getattr(self, name) for name in (*names, "made_for")}
+        return NAMM(**{**own, **changes})
 
     def named_parameters(self) -> dict[str, Tensor]:
         """Views of the flat vector by name (W1, b1, ...), weights as ``[in][out]``.
@@ -263,7 +267,9 @@ class NAMM(Policy):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``namm.safetensors`` into ``directory``."""
         count = torch.tensor(self.count, dtype=torch.int64)
-        files.write_policy(directory, self.to_dict(), {**self.tensors(), "count": count})
+        origin = {} if self.made_for is None else {"made_for": dict(self.made_for)}
+        settings = {**self.to_dict(), **origin}
+        files.write_policy(directory, settings, {**self.tensors(), "count": count})
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None) -> NAMM:
