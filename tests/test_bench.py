@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 import os
@@ -110,6 +111,17 @@ def test_gate_benchmark() -> None:
     assert [line.split()[1] for line in lines[2:]] == [
         "gate-smollm2-N64-fp32", "gate-smollm2-N64-bf16",
     ]  # fmt: skip
+
+
+def test_never_evict(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    run(
+        "never_evict.py", "--model", "stdlib-1m", "--length", "100", "--periods", "1",
+        "--dtype", "float32", "--json", str(out),
+    )  # fmt: skip
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["ratio"] == row["NAMMCache"] / row["DynamicCache"] > 0
+    assert row["logits_apart"] < 1e-4
 
 
 def test_decode_cost(tmp_path: Path) -> None:
@@ -297,3 +309,17 @@ def test_gpu_check_dry_run(tmp_path: Path) -> None:
         assert f"* {stage}: {verdict}" in text
     assert result.stdout.endswith(text)
     assert json.loads(table.with_suffix(".json").read_text())["commit"] == "c0ffee"
+
+
+def test_model_seeds(bench) -> None:
+    seeds = bench("model_seeds")
+    result = doctest.testmod(seeds)
+    assert result.attempted and not result.failed
+    video = BENCH / "results" / "video.json"
+    found = seeds.of_full(video, 0.25)
+    rows = json.loads(video.read_text())["rows"]
+    assert found[seeds.FULL] == 100 * rows[0]["accuracy"]
+    (h2o,) = (row for row in rows if (row["method"], row["keep"]) == ("H2O", 0.25))
+    assert found["H2O"] == 100 * h2o["of_full"][0]
+    with pytest.raises(ValueError, match=r"--keep must be a budget of .*video.json, got 0.3"):
+        seeds.of_full(video, 0.3)
