@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One figure over models of several seeds: what a memory keeps of its model's full cache, zero-shot.
+"""One figure over models of several seeds: what a memory keeps of its model's answers, zero-shot.
 
     python -m namm_ext.zoo.train_video runs/clips-1 --seed 1
     python bench/video.py --model runs/clips-1 --json bench/results/video-seed1.json

@@ -314,7 +314,8 @@ def test_gpu_check_dry_run(tmp_path: Path) -> None:
 def test_model_seeds(bench) -> None:
     seeds = bench("model_seeds")
     result = doctest.testmod(seeds)
-    assert result.attempted and not result.failed
+    assert result.attempted == 1
+    assert result.failed == 0
     video = BENCH / "results" / "video.json"
     found = seeds.of_full(video, 0.25)
     rows = json.loads(video.read_text())["rows"]
