@@ -60,7 +60,7 @@ def measure(model: Any, policy: Policy, ids: torch.Tensor, periods: int) -> dict
                 row[period, step] = decoder(token)
             ours, stock = decoders["NAMMCache"].logits, decoders["DynamicCache"].logits
             apart = max(apart, (ours - stock).abs().max().item())
-    kept = decoders["NAMMCache"].cache.report().live_fraction
+    kept = decoders["NAMMCache"].cache.report().kept_fraction
     if kept != 1:
         raise ArithmeticError(f"the memory should have kept every token, but kept {kept:.1%}")
     best = 1e3 * times.amin(1).mean(1)

@@ -44,7 +44,7 @@ def test_bytes_are_freed_and_reported(model):
     assert report.layers[0].kept == ((10, 10), (10, 10))
     assert report.layers[0].live == ((11, 11), (11, 11))  # 129 = 8 * 16 + 1
     assert report.kv_bytes_live == 2 * heads * 11 * row
-    assert report.kept_fraction == pytest.approx(10 / 129)
+    assert report.kept_fraction == pytest.approx(10 / 128)
     assert report.kv_bytes == cache.session.ledger.kv
     assert report.memory_bytes == cache.session.ledger.memory
     # At most the old store (10 + 16), the new one next to it, and the other layer.
@@ -149,3 +149,15 @@ def test_nan_scores_are_an_error(model):
     ):
         model(tokens(1, 40), past_key_values=cache)
     remove(model)
+
+
+def test_who_forgets_nothing_keeps_all(model):
+    cache = NAMMCache(model, NAMM(NAMMConfig(n_up=16)))
+    assert cache.report().kept_fraction == 1.0
+    for length in (5, 11, 13):  # before the first update, at it, behind it
+        model(torch.ones(2, length, dtype=torch.int64), past_key_values=cache)
+        report = cache.report()
+        assert report.kept_fraction == report.live_fraction == 1.0
+        assert cache.kept_fraction_per_row().tolist() == [1.0, 1.0]
+    totals = report.to_dict()["totals"]
+    assert totals["tokens_kept"] == totals["tokens_judged"] == totals["tokens_seen"] * 16 // 29

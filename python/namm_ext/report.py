@@ -81,13 +81,19 @@ class LayerReport:
         return sum(map(sum, self.kept))
 
     @property
+    def tokens_judged(self) -> int:
+        """Tokens seen up to the last update (all tokens before the first), over rows and heads."""
+        return self.tokens_seen - self.tokens_live + self.tokens_kept
+
+    @property
     def tokens_live(self) -> int:
         """Tokens held now, over rows and heads."""
         return sum(map(sum, self.live))
 
 
 _TOTALS = (
-    *("tokens_seen", "tokens_kept", "tokens_live", "kept_fraction", "live_fraction"),
+    *("tokens_seen", "tokens_judged", "tokens_kept", "tokens_live"),
+    *("kept_fraction", "live_fraction"),
     *("kv_bytes_live", "kv_bytes", "memory_bytes", "recorded_bytes", "total_bytes"),
     *("sliding_bytes", "full_bytes"),
     *("kv_fraction", "total_fraction", "peak_kv_bytes", "peak_memory_bytes", "peak_bytes"),
@@ -127,14 +133,19 @@ class Report:
         return sum(layer.tokens_kept for layer in self.layers)
 
     @property
+    def tokens_judged(self) -> int:
+        """Tokens seen up to the last updates."""
+        return sum(layer.tokens_judged for layer in self.layers)
+
+    @property
     def tokens_live(self) -> int:
         """Tokens held now."""
         return sum(layer.tokens_live for layer in self.layers)
 
     @property
     def kept_fraction(self) -> float:
-        """Tokens kept by the last update / tokens seen; 1 before any token."""
-        return self.tokens_kept / self.tokens_seen if self.tokens_seen else 1.0
+        """Tokens kept by the last update / tokens seen up to it; 1 before any token."""
+        return self.tokens_kept / self.tokens_judged if self.tokens_judged else 1.0
 
     @property
     def live_fraction(self) -> float:

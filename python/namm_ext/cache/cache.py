@@ -374,7 +374,8 @@ class NAMMCache(RecurrentCache):
         return new
 
     def kept_fraction_per_row(self) -> Tensor:
-        """``[B]`` tokens kept by the last update / tokens seen, over layers and heads of a row.
+        """``[B]`` tokens kept by the last update / tokens seen up to it, over layers and heads of
+        a row.
 
         From the host's books: no device synchronisation.
         """
@@ -383,9 +384,12 @@ class NAMMCache(RecurrentCache):
             for layer in self.memory_layers
             if layer.kv is not None
         ]
-        kept = torch.tensor([[sum(row) for row in r.kept] for r in reports]).sum(dim=0)
+        kept, live = (
+            torch.tensor([[sum(row) for row in rows] for rows in part]).sum(dim=0)
+            for part in ([r.kept for r in reports], [r.live for r in reports])
+        )
         seen = torch.tensor([[n * len(r.kept[0]) for n in r.seen] for r in reports]).sum(dim=0)
-        return kept / seen.clamp(min=1)
+        return kept / (seen - live + kept).clamp(min=1)
 
     def report(self) -> Report:
         """What the memory holds now, measured on the live tensors.

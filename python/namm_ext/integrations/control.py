@@ -183,7 +183,7 @@ class Rollout:
 
     @property
     def kept_fraction(self) -> float:
-        """Tokens kept by the last update / tokens seen."""
+        """Tokens kept by the last update / tokens seen up to it."""
         return 1.0 if self.report is None else self.report.kept_fraction
 
     def dropped(self, kind: str, where: Tensor | None = None) -> Tensor:
