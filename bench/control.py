@@ -189,7 +189,8 @@ def measure(
     for seed in seeds:
         found, watched = act(model, policy, seed, episodes, noise)
         returns += found.returns.tolist()
-        kept.append(found.kept_fraction)
+        held = found.report  # against the whole episode, as the budget is
+        kept.append(1.0 if held is None else held.tokens_kept / held.tokens_seen)
         for name, (kind, where) in watched.groups().items():
             shares.setdefault(name, []).extend(found.dropped(kind, where).tolist())
     row: dict[str, Any] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ pytest.importorskip("transformers")
 
 from namm_ext import zoo
 from namm_ext.zoo import clips, train_video
+from pages import run_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/video.json"
@@ -202,10 +202,7 @@ def test_one_memory_on_the_ragged_store_is_the_full_cache(model, bench):
 
 
 def test_the_page_runs(capsys):
-    page = (ROOT / "docs/video.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names = {"__name__": "page"}
-    exec(compile(block, "docs/video.md", "exec"), names)
+    names = run_page("docs/video.md")
     printed = capsys.readouterr().out
     assert printed.count("frame ") == 40
     assert names["cache"].report().kept_fraction == pytest.approx(0.25, abs=0.01)

@@ -24,13 +24,10 @@ def test_python_blocks_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("transformers")
+    from pages import run_page
+
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert blocks
-    names: dict[str, object] = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
+    run_page(page)
     assert "of the full cache" in capsys.readouterr().out  # the report of the first block
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from namm_ext import baselines, zoo
 from namm_ext.integrations.control import one_hot, roll_out
 from namm_ext.tasks.corridor import Corridor, CorridorConfig
 from namm_ext.zoo import train_control as recipe
+from pages import run_page
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(zoo.__file__).parent / "controllers" / zoo.DEFAULT_CONTROLLER
@@ -118,9 +118,5 @@ def test_tables_are_the_measured_ones(bench) -> None:
 
 
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs/control.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names: dict[str, object] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, "docs/control.md", "exec"), names)
+    run_page("docs/control.md")
     assert "of the full cache" in capsys.readouterr().out
