@@ -6,7 +6,8 @@
 
 Clips of 40 frames (641 tokens) are read, and only then come the questions, each behind its own copy
 of the cache. Memories and rules have the settings that were found on SmolLM2-135M-Instruct; all
-that they learn of the model is a calibration on four clips. A result is in the file as soon as it
+that they learn of the model is a calibration on four clips. Two are not zero-shot: gates fitted to
+eight clips that are watched twice, or asked about. A result is in the file as soon as it
 is measured, and the same command goes on from there.
 """
 
@@ -22,10 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from namm_ext import NAMM, NAMMCache, zoo
+from namm_ext import NAMM, NAMMCache, NAMMConfig, zoo
 from namm_ext.answers import interval
+from namm_ext.budget import Budget
 from namm_ext.cache import borrow, cache_keyword
-from namm_ext.integrations.video import calibrate_on_videos, frame_shares
+from namm_ext.fitting import FitConfig
+from namm_ext.integrations.video import calibrate_on_videos, fit_on_videos, frame_shares
 from namm_ext.measure import FULL, fixed_budget, tuned_rules
 from namm_ext.measure.methods import at_pace
 from namm_ext.policy import Policy
@@ -121,6 +124,7 @@ def methods(model: Any, questions: bool = False) -> dict[str, Policy | None]:
             scope="global", size=0.25, layer_shares=None, sink_tokens=4, recent_tokens=32
         )
         found[name] = calibrate_on_videos(memory, model, videos, asked)
+    found |= fitted(model)
     rules = tuned_rules("smollm2-135m")
     for name in RULES:
         rule: Any = at_pace(rules[name], N_UP)
@@ -130,6 +134,21 @@ def methods(model: Any, questions: bool = False) -> dict[str, Policy | None]:
             rule = calibrate_on_videos(rule, model, videos, asked)
         found[name] = rule
     return found
+
+
+def fitted(model: Any) -> dict[str, Policy | None]:
+    """Gates that were fitted to eight clips, watched twice or asked about."""
+    clips = clips_of(CALIBRATION, 1, 8)
+    videos = [inputs_of([clip]) for clip in clips]
+    asked = [[encode(q.text) for q in clip.questions()] for clip in clips]
+    config = FitConfig(
+        namm=NAMMConfig(n_up=N_UP, scorer="none"),
+        budget=Budget(0.25, scope="global", sink_tokens=4, recent_tokens=32),
+    )
+    return {
+        "NAMM, a gate fitted here": fit_on_videos(model, videos, config).policy,
+        "NAMM, a gate fitted to questions": fit_on_videos(model, videos, config, asked).policy,
+    }
 
 
 def summary(results: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:

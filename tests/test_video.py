@@ -9,12 +9,13 @@ pytest.importorskip("transformers")
 
 import transformers
 from hf_models import COMMON, VOCAB, evicting_policy, namm_oracle, oracle_logits, positions, tokens
-from namm_ext import NAMMCache, patch
+from namm_ext import NAMMCache, NAMMConfig, patch
 from namm_ext.baselines import H2O, NeverEvict, StreamingLLM
 from namm_ext.budget import Budget
 from namm_ext.cache import cache_keyword
-from namm_ext.fitting import Later, Text, calibrate
-from namm_ext.integrations.video import calibrate_on_videos, frame_shares
+from namm_ext.fitting import FitConfig, Later, Text, calibrate, fit
+from namm_ext.integrations.video import calibrate_on_videos, fit_on_videos, frame_shares
+from namm_ext.policy.origin import shape_of
 
 VIDEO, IMAGE = VOCAB - 1, VOCAB - 2
 FRAMES, PER_FRAME, BEFORE, AFTER = 10, 4, 3, 12
@@ -214,3 +215,26 @@ def test_calibration_reads_what_the_model_sees(name, model, inputs):
         calibrate_on_videos(rule, model, [_inputs(name, rows=2)])
     with pytest.raises(ValueError, match="at least one text"):
         calibrate_on_videos(rule, model, [])
+
+
+def test_fitted_to_videos(name, model, inputs):
+    question = (5, 6, 7)
+    table = model.get_input_embeddings()
+    namm = NAMMConfig(n_up=16, scorer="none")
+    config = FitConfig(namm=namm, budget=Budget(0.5, scope="global"))
+    videos = [inputs, _inputs(name, seed=3)]
+    found = fit_on_videos(model, videos, config).policy
+    assert model.get_input_embeddings() is table
+    cache, _ = _read(model, inputs, found)
+    assert cache.report().kept_fraction == pytest.approx(0.5, abs=0.1)
+    asked = fit_on_videos(model, videos, config, [[question]] * 2).policy
+    assert not torch.equal(asked.gate.weight, found.gate.weight)
+    rows, decoder = tokens(2, 48).clamp(max=IMAGE - 1), model.get_decoder()
+    texts = [Text(tuple(row), (Later(question),)) for row in rows.tolist()]
+    alone = fit(decoder, texts, config).policy
+    words = [{"input_ids": row[None]} for row in rows]
+    same = fit_on_videos(model, words, config, [[question]] * 2).policy
+    assert same.fingerprint() == alone.fingerprint()
+    assert same.made_for == shape_of(model.config.get_text_config())
+    with pytest.raises(ValueError, match="questions must be of 2 videos, got 1"):
+        fit_on_videos(model, videos, config, [[question]])

@@ -1,4 +1,4 @@
-"""Videos in a memory: what is kept of each frame, and calibrating a memory on videos.
+"""Videos in a memory: what is kept of each frame, calibrating and fitting a memory on videos.
 
 For models of transformers that put a video's tokens among those of the text: LLaVA-NeXT-Video and
 its kin, Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..cache import NAMMCache
-from ..fitting import Later, Text, calibrate, calibrate_statistics
+from ..fitting import Fit, FitConfig, Later, Text, calibrate, calibrate_statistics, fit
 from ..policy import NAMM
 from ..policy.base import PolicyT
 
@@ -225,16 +225,43 @@ def calibrate_on_videos(
         ValueError: if there is no video, one is too short, or there are not as many lists of
             questions as videos.
     """
-    if questions is not None and len(questions) != len(videos):
-        raise ValueError(
-            f"calibrate_on_videos: questions must be of {len(videos)} videos, got {len(questions)}"
-        )
     with _as_texts(model, videos, questions) as (decoder, texts):
         ready: Any = policy
         if isinstance(policy, NAMM) and policy.needs_window and policy.gate is None:
             ready = calibrate_statistics(policy, decoder, texts)
         done: PolicyT = calibrate(ready, decoder, texts)
         return done
+
+
+def fit_on_videos(
+    model: PreTrainedModel,
+    videos: Sequence[Mapping[str, Any]],
+    config: FitConfig | None = None,
+    questions: Sequence[Sequence[Sequence[int]]] | None = None,
+) -> Fit:
+    """A memory fitted to a model that watches videos, by :func:`namm_ext.fitting.fit`.
+
+    Args:
+        model: that will use it.
+        videos: what the processor gave for each, of one row; at least two, one judges the fit.
+        config: of the fit; with ``NAMMConfig(scorer="none")`` a gate alone, which takes seconds.
+        questions: as in :func:`calibrate_on_videos`; worth having, if there are any.
+
+    Returns:
+        The fit; ``.policy`` is the memory.
+
+    Raises:
+        ValueError: as :func:`calibrate_on_videos`.
+
+    Example:
+        ``clips`` are some of ``namm_ext.zoo.clips``::
+
+            asked = [[encode(question.text) for question in clip.questions()] for clip in clips]
+            found = fit_on_videos(model, [inputs_of([clip]) for clip in clips], config, asked)
+            cache = NAMMCache(model, found.policy)
+    """
+    with _as_texts(model, videos, questions) as (decoder, texts):
+        return fit(decoder, texts, config)
 
 
 @contextmanager
@@ -244,6 +271,8 @@ def _as_texts(
     questions: Sequence[Sequence[Sequence[int]]] | None,
 ) -> Iterator[tuple[PreTrainedModel, list[Text]]]:
     """Within the block each token of a video is a word that the decoder knows."""
+    if questions is not None and len(questions) != len(videos):
+        raise ValueError(f"questions must be of {len(videos)} videos, got {len(questions)}")
     decoder = model.get_decoder()
     table = decoder.get_input_embeddings()
     rows, texts, total = [table.weight.detach()], [], table.weight.shape[0]
@@ -277,7 +306,5 @@ def _embeddings(
     finally:
         hook.remove()
     if found[0].shape[0] != 1:
-        raise ValueError(
-            f"calibrate_on_videos: videos must be of one row each, got {found[0].shape[0]} rows"
-        )
+        raise ValueError(f"videos must be of one row each, got {found[0].shape[0]} rows")
     return found[0][0]
