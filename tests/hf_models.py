@@ -123,10 +123,11 @@ class DenseOracle:
 
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-        scaling: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+        scaling: float | None = None, s_aux: Tensor | None = None, softcap: float | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         if self.memories is not None and module.layer_idx not in self.memories:
-            return _stock(query, key, value, attention_mask, scaling, s_aux), None
+            return dense(query, key, value, attention_mask, scaling, s_aux, softcap), None
         _, num_heads, new, dim = query.shape
         _, h, total, _ = key.shape
         scale = dim**-0.5 if scaling is None else scaling
@@ -140,6 +141,7 @@ class DenseOracle:
             q = query[0, :, i].view(h, num_heads // h, dim)
             logits = torch.einsum("hgd,htd->hgt", q, key[0, :, : t + 1]) * scale
             layer.alive[:, t] = True
+            logits = bounded(logits, softcap)
             logits = logits.masked_fill(~layer.alive[:, None, : t + 1], -torch.inf)
             p = _with_sink(logits, s_aux)
             out[0, i] = torch.einsum("hgt,htd->hgd", p, value[0, :, : t + 1]).reshape(num_heads, -1)
@@ -261,19 +263,40 @@ def _with_sink(logits: Tensor, s_aux: Tensor | None) -> Tensor:
     return torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
 
 
-def _stock(
+def bounded(logits: Tensor, softcap: float | None) -> Tensor:
+    """Gemma 2's bound of logits."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def dense(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-    s_aux: Tensor | None,
+    s_aux: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Dense attention of one row ``[1, L, Hq, Dv]`` under a mask of transformers."""
+    """Dense attention ``[B, L, Hq, Dv]`` under a mask of transformers; 0 where nothing is seen."""
     h, length, total = key.shape[1], query.shape[2], key.shape[2]
-    q = query[0].unflatten(0, (h, query.shape[1] // h))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = torch.einsum("hgld,htd->hglt", q, key[0]) * scale
     visible = torch.ones(length, total, dtype=torch.bool).tril(total - length)
-    visible = visible if mask is None else mask[0, 0]
-    p = _with_sink(logits.masked_fill(~visible, -torch.inf), s_aux)
-    return torch.einsum("hglt,htd->lhgd", p, value[0]).flatten(1, 2)[None]
+    rows = []
+    for i, row in enumerate(query):
+        q = row.unflatten(0, (h, query.shape[1] // h))
+        logits = bounded(torch.einsum("hgld,htd->hglt", q, key[i]) * scale, softcap)
+        seen = visible if mask is None else mask[i % len(mask), 0]
+        p = _with_sink(logits.masked_fill(~seen, -torch.inf), s_aux).nan_to_num(0.0)
+        rows.append(torch.einsum("hglt,htd->lhgd", p, value[i]).flatten(1, 2))
+    return torch.stack(rows)
+
+
+def _exact(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, s_aux: Tensor | None = None,
+    softcap: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    return dense(query, key, value, attention_mask, scaling, s_aux, softcap), None
+
+
+# Stock attention for models whose own one is "eager", which rounds the softmax to float32.
+AttentionInterface.register("exact", _exact)
+AttentionMaskInterface.register("exact", sdpa_mask)
 
 
 _current: list[DenseOracle] = []

@@ -73,6 +73,12 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
         **_SIZES, **_SLIDING, head_dim=8, global_head_dim=8, num_kv_shared_layers=0,
         vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
     ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **{**_SIZES, **_SLIDING}, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.5,
+    ),
+    "vaultgemma": lambda: transformers.VaultGemmaConfig(
+        **{**_SIZES, **_SLIDING}, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.5,
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,
         layer_types=["sliding_attention", "full_attention"] * 2,
@@ -91,8 +97,12 @@ def build_hybrid(name: str, dtype: torch.dtype = torch.float64) -> Any:
     except AttributeError as error:
         pytest.skip(f"transformers {transformers.__version__}: {error}")
     torch.manual_seed(0)
-    # Grouped products of experts have no float64.
-    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    # Grouped products of experts have no float64; SDPA has no bound of logits.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, experts_implementation="eager",
+        **({"attn_implementation": "exact"} if capped else {}),
+    )  # fmt: skip
     with torch.no_grad():
         for module in model.modules():
             if getattr(module, "sinks", None) is not None:

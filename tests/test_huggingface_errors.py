@@ -54,10 +54,6 @@ MODELS = {
         ),
         "NAMMCache: multi-head latent attention is not supported, got 'deepseek_v3'",
     ),
-    "softcap": (
-        lambda: transformers.Gemma2Config(**{**COMMON, "head_dim": 8}),
-        "NAMMCache: softcapped attention logits are not supported, got 'gemma2'",
-    ),
     "both_in_one": (
         lambda: transformers.ZambaConfig(
             **{**COMMON, "num_hidden_layers": 4}, layer_types=["linear_attention", "hybrid"] * 2,
@@ -221,7 +217,6 @@ def test_key_used_twice_or_by_another_layer(model):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"softcap": 30.0}, "namm: softcapped attention logits (softcap) is not supported"),
         ({"position_bias": torch.zeros(1)}, "namm: a position bias (position_bias) is not"),
         ({"sliding_window": 8}, "namm: a sliding window on a full-attention layer"),
         ({"dropout": 0.1}, "namm: the model must be in evaluation mode without dropout"),

@@ -90,7 +90,9 @@ def test_sinks_take_their_part_of_what_is_received():
         torch.testing.assert_close(ours.view(2, 2, 48), received, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1", "gpt_oss", "gemma2"]
+)
 def test_a_cache_goes_on_from_its_file(name, tmp_path):
     model, ids = build_hybrid(name), tokens(2, 75)
     policy = StreamingLLM(8, 16)
@@ -119,7 +121,7 @@ def test_rows_and_another_batch(name):
     torch.testing.assert_close(feed(model, cache, ids[:1], (0, 40)), fresh, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "llama4", "gpt_oss"])
+@pytest.mark.parametrize("name", ["lfm2", "llama4", "gpt_oss", "gemma2"])
 def test_tokens_are_taken_back(name):
     model, ids = build_hybrid(name), tokens(2, 75)
     cache = NAMMCache(model, StreamingLLM(8, 16))
@@ -157,7 +159,9 @@ def stop(*_):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("layer", range(4))
-@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "granite_4_h", "falcon_h1", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", "lfm2", "granite_4_h", "falcon_h1", "gpt_oss", "gemma2"]
+)
 def test_a_failed_call_is_undone_or_refused(name, layer, when):
     model, ids = build_hybrid(name), tokens(2, 75)
     policy = StreamingLLM(8, 16)
@@ -319,3 +323,22 @@ def test_a_layer_between_memories_reads_a_call_once():
     cache.get_conv_state(layer_idx)
     with pytest.raises(ValueError, match=rf"failed, and layer {layer_idx} cannot go back"):
         cache.get_conv_state(layer_idx)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
+def test_bounded_logits_are_those_of_the_eager_model(name):
+    """In float32: eager rounds its softmax to it, and in float64 its padded rows are NaN."""
+    model, ids = build_hybrid(name, torch.float32), tokens(2, 75)
+    model.set_attn_implementation("eager")
+    mask = torch.ones(2, 75, dtype=torch.long)
+    mask[0, :9] = 0
+    real = mask.bool()
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits[real]
+        cache = NAMMCache(model, NeverEvict(n_up=16))
+        got = model(ids, attention_mask=mask, past_key_values=cache).logits[real]
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        free = model(ids, attention_mask=mask).logits[real]
+    torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-5)
+    assert float((free - want).abs().max()) > 1e-2

@@ -67,6 +67,7 @@ class Call:
     num_new: Tensor
     pos_first: Tensor
     softmax_scale: float
+    softcap: float = 0.0
 
     @property
     def columns(self) -> Tensor:
@@ -85,7 +86,7 @@ class Call:
         lse = lse.permute(1, 2, 0)
         ops.attend_(
             out, lse, self.q, self.store, self.first, self.num_new, self.pos_first,
-            softmax_scale=self.softmax_scale,
+            softmax_scale=self.softmax_scale, softcap=self.softcap,
         )  # fmt: skip
         return out, lse
 
@@ -93,7 +94,7 @@ class Call:
         """The law in float64, marked outside of the new columns."""
         out, lse = reference.attend(
             self.q.double(), self.store.double(), self.first, self.num_new, self.pos_first,
-            softmax_scale=self.softmax_scale,
+            softmax_scale=self.softmax_scale, softcap=self.softcap,
         )  # fmt: skip
         outside = ~self.columns
         out[outside] = UNTOUCHED
@@ -155,6 +156,61 @@ def test_no_worse_than_torch(name: str, dtype: str, device: str) -> None:
     testing.assert_no_worse_than(lse, want_lse.float(), want_lse, floor=3e-6)
     assert bool((out[~call.columns] == UNTOUCHED).all())
     assert bool((lse.transpose(1, 2)[~call.columns] == UNTOUCHED).all())
+
+
+def _written_out(call: Call) -> tuple[Tensor, Tensor]:
+    """The law at the precision of the call."""
+    store = call.store._replace(v=call.store.v.float())
+    return reference.attend(
+        call.q, store, call.first, call.num_new, call.pos_first,
+        softmax_scale=call.softmax_scale, softcap=call.softcap,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "name", ["some-empty", "decode-G4", "decode-odd-dims", "decode-split", "prefill-ragged",
+             "prefill-odd-dims", "prefill-wide"],
+)  # fmt: skip
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 3.0), (-1.0, 3.0), (1.0, 50.0), (0.0, 1.0)])
+def test_bounded_logits(name: str, dtype: str, scale: float, softcap: float, device: str) -> None:
+    """Of standard deviation 4 before the bound: most logits are near it, or none."""
+    call = make(name, DTYPES[dtype], device, spread=4.0)
+    call = replace(call, softmax_scale=scale * call.softmax_scale, softcap=softcap)
+    out, lse = call.attend()
+    want_out, want_lse = call.exact()
+    new, live = call.columns, want_lse.isfinite()
+    plain_out, plain_lse = _written_out(call)
+    testing.assert_no_worse_than(out[new], plain_out[new].to(out.dtype), want_out[new], floor=2e-6)
+    plain_lse = torch.where(live, plain_lse, want_lse.float())
+    testing.assert_no_worse_than(
+        lse.transpose(1, 2)[new], plain_lse.transpose(1, 2)[new], want_lse.transpose(1, 2)[new],
+        floor=6e-6,
+    )  # fmt: skip
+    assert bool((out[~new] == UNTOUCHED).all())
+    if softcap == 3.0:  # it does bound
+        assert float(lse.transpose(1, 2)[new].max()) <= 3.0 + math.log(call.store.capacity)
+        assert not torch.equal(out, replace(call, softcap=0.0).attend()[0])
+
+
+def test_nan_passes_the_bound(device: str) -> None:
+    """A NaN or infinite key spoils its own rows only, as without a bound."""
+    for name in ("decode-G4", "prefill-wide"):
+        call = replace(make(name, torch.float32, device), softcap=3.0)
+        rows = call.store.slices()[0]
+        call.store.k[rows.start + 2] = math.nan
+        out, _ = call.attend()
+        heads = CASES[name][2]
+        assert bool(out[0, :, :heads][call.columns[0]].isnan().all())
+
+
+def test_wrong_bound(device: str) -> None:
+    call = make("some-empty", torch.float32, device)
+    for softcap in (-1.0, math.nan, math.inf):
+        with pytest.raises(
+            RuntimeError, match=r"attend_: softcap must (not be negative|be finite)"
+        ):
+            replace(call, softcap=softcap).attend()
 
 
 def test_attend_is_attend_into_new_tensors(device: str) -> None:

@@ -37,6 +37,7 @@ def sample(op, case="ragged", dtype=torch.float32, device="cpu"):
     known = {
         **store._asdict(), **new, "q_window": q, "lse_window": lse, "pos_q": pos_q,
         "active": active, "softmax_scale": 0.2, "ema_coeff": 0.99, "first_row": 16,
+        "softcap": 1.5,
         "out": new["q"].new_zeros(2, 4, 4, store.v.shape[1]),
         "lse": torch.zeros(new["q"].shape[:3], device=device),
         "params": testing.bank(2, num_params, device=device),

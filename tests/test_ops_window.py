@@ -20,27 +20,30 @@ def _case(lengths, dtype, device="cpu", *, n_up=32, num_groups=2, head_dim=24, s
     return store, window
 
 
-def _spectrogram(module, store, window, std=1.0):
+def _spectrogram(module, store, window, std=1.0, softcap=0.0):
     scale = std * window.q.shape[-1] ** -0.5
-    return module.spectrogram(window, store, softmax_scale=scale, ema_coeff=0.99)
+    return module.spectrogram(window, store, softmax_scale=scale, ema_coeff=0.99, softcap=softcap)
 
 
-def _received(module, store, window, first_row):
+def _received(module, store, window, first_row, softcap=0.0):
     scale = window.q.shape[-1] ** -0.5
-    return module.attention_received(window, store, softmax_scale=scale, first_row=first_row)
+    return module.attention_received(
+        window, store, softmax_scale=scale, first_row=first_row, softcap=softcap
+    )
 
 
 def _double(window):
     return window._replace(q=window.q.double())
 
 
-def _check(store, window, isa):
+def _check(store, window, isa, softcap=0.0):
     live = store.live
     law = (reference, store.double(), _double(window))
-    exact = _spectrogram(*law)
-    same = _spectrogram(reference, store, window)
+    cap = {"softcap": softcap}
+    exact = _spectrogram(*law, **cap)
+    same = _spectrogram(reference, store, window, **cap)
     with testing.force_isa(isa):
-        got = _spectrogram(ops, store, window)
+        got = _spectrogram(ops, store, window, **cap)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     # A frame is a sum of 32 products; 16 units in the last place of its largest value are noise.
@@ -48,10 +51,10 @@ def _check(store, window, isa):
     testing.assert_no_worse_than(got[live], same[live], exact[live], floor=floor)
 
     for first_row in (0, 16, window.q.shape[2] - 1):
-        exact = _received(*law, first_row)
-        same = _received(reference, store, window, first_row)
+        exact = _received(*law, first_row, **cap)
+        same = _received(reference, store, window, first_row, **cap)
         with testing.force_isa(isa):
-            got = _received(ops, store, window, first_row)
+            got = _received(ops, store, window, first_row, **cap)
         floor = 16 * torch.finfo(torch.float32).eps * float(exact[live].abs().max())
         testing.assert_no_worse_than(got[live], same[live], exact[live], floor=floor)
 
@@ -61,6 +64,26 @@ def _check(store, window, isa):
 @pytest.mark.parametrize("lengths", testing.LENGTHS)
 def test_window_ops(lengths, dtype, device, isa):
     _check(*_case(lengths, dtype, device), isa)
+
+
+@impls
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize(("num_groups", "head_dim"), [(3, 33), (2, 64)])
+def test_bounded_logits(num_groups, head_dim, softcap, dtype, device, isa):
+    store, window = _case("ragged", dtype, device, num_groups=num_groups, head_dim=head_dim)
+    # The log-sum-exps are those of free logits; P may be anything positive.
+    _check(store, window, isa, softcap)
+    free, bound = (_received(ops, store, window, 0, cap)[store.live] for cap in (0.0, softcap))
+    assert not torch.equal(free, bound)
+
+
+@impls
+def test_wrong_bound(device, isa):
+    store, window = _case("ragged", torch.float32, device)
+    for call in (_spectrogram, lambda *a, softcap: _received(*a, 0, softcap)):
+        with pytest.raises(RuntimeError, match="softcap must not be negative, got -1"):
+            call(ops, store, window, softcap=-1.0)
 
 
 @impls

@@ -403,5 +403,32 @@ NAMM_INLINE VecF exp2(VecF x) {
                                 (reinterpret_cast<VecI>(shifted) << 23));
 }
 
+// -------- tanh
+
+// By the rational function that Eigen and XLA use: 1 to within a rounding at the bounds. NaN stays.
+NAMM_INLINE VecF tanh(VecF x) {
+  const float kBound = 7.90531110763549805f;
+  x = select(x > kBound, splat(kBound), max(splat(-kBound), x));
+  const VecF y = x * x;
+  VecF p = splat(-2.76076847742355e-16f);
+  p = p * y + 2.00018790482477e-13f;
+  p = p * y - 8.60467152213735e-11f;
+  p = p * y + 5.12229709037114e-08f;
+  p = p * y + 1.48572235717979e-05f;
+  p = p * y + 6.37261928875436e-04f;
+  p = p * y + 4.89352455891786e-03f;
+  VecF q = splat(1.19825839466702e-06f);
+  q = q * y + 1.18534705686654e-04f;
+  q = q * y + 2.26843463243900e-03f;
+  q = q * y + 4.89352518554385e-03f;
+  return x * p / q;
+}
+
+// n numbers x become limit * tanh(x / limit), n a multiple of kLanes.
+NAMM_INLINE void soft_cap(float* x, int64_t n, float limit) {
+  const float inverse = 1.0f / limit;
+  for (int64_t i = 0; i < n; i += kLanes) store(x + i, limit * tanh(load(x + i) * inverse));
+}
+
 }  // namespace NAMM_ISA_NAMESPACE
 }  // namespace namm_ext

@@ -8,7 +8,7 @@ Prepared<AttendParams, Nothing> prepare_attend(const Tensor& out, const Tensor& 
                                                const Tensor& pos, const Tensor& cu_seqlens_k,
                                                const Tensor& seqused_k, const Tensor& first,
                                                const Tensor& num_new, const Tensor& pos_first,
-                                               double softmax_scale) {
+                                               double softmax_scale, double softcap) {
   const Check check("attend_", q, "q");
   AttendParams p{};
   p.dtype = check.cache_dtype(q, "q");
@@ -48,6 +48,7 @@ Prepared<AttendParams, Nothing> prepare_attend(const Tensor& out, const Tensor& 
   p.head_dim_v = check.size(head_dim_v, "head_dim_v");
   p.num_cols = static_cast<int32_t>(num_cols);
   p.softmax_scale = check.finite(softmax_scale, "softmax_scale");
+  p.softcap = check.softcap(softcap);
   return {check.op(), capacity, p, {}};
 }
 

@@ -153,6 +153,12 @@ class Check {
     return static_cast<float>(value);
   }
 
+  // A bound of logits; 0 for none.
+  float softcap(double value) const {
+    STD_TORCH_CHECK(value >= 0.0, op_, ": softcap must not be negative, got ", value);
+    return finite(value, "softcap");
+  }
+
   // cu_seqlens_k [S + 1] and seqused_k [S] of batch_size rows. capacity: rows of the store.
   Segments segments(const Tensor& cu_seqlens_k, const Tensor& seqused_k, int64_t batch_size,
                     int64_t capacity) const {

@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(namm_ext, m) {
   m.def(
       "attend_(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor pos, "
       "Tensor cu_seqlens_k, Tensor seqused_k, Tensor first, Tensor num_new, Tensor pos_first, "
-      "float softmax_scale) -> ()");
+      "float softmax_scale, float softcap=0.0) -> ()");
   // New queries and their log-sum-exps go into the window of their layer.
   m.def(
       "record_(Tensor(a!) q_window, Tensor(b!) lse_window, Tensor q, Tensor lse, Tensor first, "
@@ -20,12 +20,12 @@ STABLE_TORCH_LIBRARY(namm_ext, m) {
   m.def(
       "spectrogram(Tensor q_window, Tensor lse_window, Tensor k, Tensor pos, Tensor state, "
       "Tensor cu_seqlens_k, Tensor seqused_k, Tensor pos_q, Tensor active, float softmax_scale, "
-      "float ema_coeff) -> Tensor");
+      "float ema_coeff, float softcap=0.0) -> Tensor");
   // Sum of the attention each key received.
   m.def(
       "attention_received(Tensor q_window, Tensor lse_window, Tensor k, Tensor pos, "
       "Tensor cu_seqlens_k, Tensor seqused_k, Tensor pos_q, Tensor active, float softmax_scale, "
-      "int first_row) -> Tensor");
+      "int first_row, float softcap=0.0) -> Tensor");
   // One score per live token, by backward attention memory.
   m.def(
       "bam_scores(Tensor state, Tensor pos, Tensor cu_seqlens_k, Tensor seqused_k, "

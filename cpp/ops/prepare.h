@@ -38,7 +38,7 @@ Prepared<AttendParams, Nothing> prepare_attend(const Tensor& out, const Tensor& 
                                                const Tensor& pos, const Tensor& cu_seqlens_k,
                                                const Tensor& seqused_k, const Tensor& first,
                                                const Tensor& num_new, const Tensor& pos_first,
-                                               double softmax_scale);
+                                               double softmax_scale, double softcap);
 
 Prepared<RecordParams, Nothing> prepare_record(const Tensor& q_window, const Tensor& lse_window,
                                                const Tensor& q, const Tensor& lse,
@@ -49,12 +49,12 @@ Prepared<RecordParams, Nothing> prepare_record(const Tensor& q_window, const Ten
 Prepared<SpectrogramParams, Tensor> prepare_spectrogram(
     const Tensor& q_window, const Tensor& lse_window, const Tensor& k, const Tensor& pos,
     const Tensor& state, const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& pos_q,
-    const Tensor& active, double softmax_scale, double ema_coeff);
+    const Tensor& active, double softmax_scale, double ema_coeff, double softcap);
 
 Prepared<ReceivedParams, Tensor> prepare_attention_received(
     const Tensor& q_window, const Tensor& lse_window, const Tensor& k, const Tensor& pos,
     const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& pos_q, const Tensor& active,
-    double softmax_scale, int64_t first_row);
+    double softmax_scale, int64_t first_row, double softcap);
 
 // Both return the scores.
 Prepared<ScoreParams, Tensor> prepare_bam_scores(const Tensor& state, const Tensor& pos,

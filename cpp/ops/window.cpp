@@ -9,7 +9,7 @@ namespace {
 Window check_window(const Check& check, const Tensor& q_window, const Tensor& lse_window,
                     const Tensor& k, const Tensor& pos, const Tensor& cu_seqlens_k,
                     const Tensor& seqused_k, const Tensor& pos_q, const Tensor& active,
-                    double softmax_scale) {
+                    double softmax_scale, double softcap) {
   Window w{};
   w.dtype = check.cache_dtype(q_window, "q_window");
   const ScalarType dtype = q_window.scalar_type();
@@ -42,6 +42,7 @@ Window check_window(const Check& check, const Tensor& q_window, const Tensor& ls
   w.head_dim = check.size(head_dim, "head_dim");
   w.num_rows = check.size(num_rows, "num_rows");
   w.softmax_scale = check.finite(softmax_scale, "softmax_scale");
+  w.softcap = check.softcap(softcap);
   return w;
 }
 
@@ -50,11 +51,11 @@ Window check_window(const Check& check, const Tensor& q_window, const Tensor& ls
 Prepared<SpectrogramParams, Tensor> prepare_spectrogram(
     const Tensor& q_window, const Tensor& lse_window, const Tensor& k, const Tensor& pos,
     const Tensor& state, const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& pos_q,
-    const Tensor& active, double softmax_scale, double ema_coeff) {
+    const Tensor& active, double softmax_scale, double ema_coeff, double softcap) {
   const Check check("spectrogram", q_window, "q_window");
   SpectrogramParams p{};
   p.window = check_window(check, q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q,
-                          active, softmax_scale);
+                          active, softmax_scale, softcap);
   check.dense(state, "state", ScalarType::Float, {k.size(0), kNumBins});
   STD_TORCH_CHECK(ema_coeff >= 0.0 && ema_coeff <= 1.0,
                   "spectrogram: ema_coeff must be in [0, 1], got ", ema_coeff);
@@ -69,11 +70,11 @@ Prepared<SpectrogramParams, Tensor> prepare_spectrogram(
 Prepared<ReceivedParams, Tensor> prepare_attention_received(
     const Tensor& q_window, const Tensor& lse_window, const Tensor& k, const Tensor& pos,
     const Tensor& cu_seqlens_k, const Tensor& seqused_k, const Tensor& pos_q, const Tensor& active,
-    double softmax_scale, int64_t first_row) {
+    double softmax_scale, int64_t first_row, double softcap) {
   const Check check("attention_received", q_window, "q_window");
   ReceivedParams p{};
   p.window = check_window(check, q_window, lse_window, k, pos, cu_seqlens_k, seqused_k, pos_q,
-                          active, softmax_scale);
+                          active, softmax_scale, softcap);
   STD_TORCH_CHECK(first_row >= 0 && first_row <= p.window.num_rows,
                   "attention_received: first_row must be in [0, ", p.window.num_rows, "], got ",
                   first_row);

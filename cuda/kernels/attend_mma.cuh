@@ -124,7 +124,7 @@ struct RowState {
 // step) provides the queries. limit: number of keys of the tile that each of the two rows sees.
 template <class T, int kHeadDim, int kKeys, class GetA>
 NAMM_DEVICE void attend_tile(RowState<kHeadDim>& state, const GetA& get_a, SharedAddress k,
-                             SharedAddress v, int key, float scale_log2, bool masked,
+                             SharedAddress v, int key, float scale_log2, SoftCap cap, bool masked,
                              const int32_t (&limit)[2]) {
   using Layout = TileLayout<kHeadDim>;
   static_assert(kKeys % 16 == 0, "an mma takes 16 keys");
@@ -153,6 +153,13 @@ NAMM_DEVICE void attend_tile(RowState<kHeadDim>& state, const GetA& get_a, Share
     }
   }
 
+  if (cap.any()) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[n][j] = cap(s[n][j]);
+    }
+  }
   float tile_max[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) {
@@ -271,6 +278,7 @@ __global__ __launch_bounds__(PrefillShape<kHeadDim>::kThreads) void attend_prefi
   RowState<kHeadDim> state;
   state.clear();
   const float scale_log2 = p.softmax_scale * kLog2E;
+  const SoftCap cap(p.softcap, p.softmax_scale);
   for (int32_t tile = 0; tile < num_tiles; ++tile) {
     cp_async_wait<0>();
     __syncthreads();  // the tile is there for all, and nobody reads the other stage any more
@@ -280,7 +288,8 @@ __global__ __launch_bounds__(PrefillShape<kHeadDim>::kThreads) void attend_prefi
     const int32_t key = tile * Shape::kKeys;
     const int32_t limit[2] = {row_seen[0] - key, row_seen[1] - key};
     attend_tile<T, kHeadDim, Shape::kKeys>(state, get_a, k_tile, k_tile + Shape::kTileBytes, 0,
-                                           scale_log2, key + Shape::kKeys > seen_by_all, limit);
+                                           scale_log2, cap, key + Shape::kKeys > seen_by_all,
+                                           limit);
   }
   state.finish();
 
@@ -363,6 +372,7 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
   RowState<kHeadDim> state;
   state.clear();
   const float scale_log2 = p.softmax_scale * kLog2E;
+  const SoftCap cap(p.softcap, p.softmax_scale);
   for (int32_t tile = 0; tile < num_tiles; ++tile) {
     cp_async_wait<Shape::kStages - 2>();
     __syncthreads();  // the tile is there for all, and nobody reads the stage to fill any more
@@ -371,7 +381,7 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
     const int32_t key = chunk.begin + tile * Shape::kKeys;
     const int32_t limit[2] = {row_seen[0] - key, row_seen[1] - key};
     attend_tile<T, kHeadDim, 16>(state, get_a, stage_of(tile), stage_of(tile) + Shape::kTileBytes,
-                                 warp * 16, scale_log2,
+                                 warp * 16, scale_log2, cap,
                                  key + Shape::kKeys > min(seen_by_all, chunk.end), limit);
   }
   state.finish();

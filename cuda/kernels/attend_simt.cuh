@@ -72,6 +72,7 @@ __global__ __launch_bounds__(SimtShape::kThreads, SimtShape::kBlocks) void atten
   const int32_t end =
       min(chunk.end, count_visible(pos, chunk.live, rows.pos_first + row_last / p.num_groups));
   const float scale_log2 = p.softmax_scale * kLog2E;
+  const SoftCap cap(p.softcap, p.softmax_scale);
   __syncthreads();
 
   for (int32_t first = chunk.begin; first < end; first += kKeys) {
@@ -86,6 +87,10 @@ __global__ __launch_bounds__(SimtShape::kThreads, SimtShape::kBlocks) void atten
 #pragma unroll
         for (int r = 0; r < kRows; ++r) dot[r] += q[r * dim + d] * x;
       }
+    }
+    if (cap.any()) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) dot[r] = cap(dot[r]);
     }
     const int32_t key_pos = key < end ? pos[key] : 0;
 #pragma unroll

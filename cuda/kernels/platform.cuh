@@ -332,4 +332,21 @@ inline unsigned num_tiles(const Segments& seg, int64_t capacity, int tile_rows) 
   return static_cast<unsigned>(capacity / tile_rows + int64_t{seg.batch_size} * seg.num_kv_heads);
 }
 
+// ---- bounded logits
+
+// Products x of queries and keys become limit * tanh(x / limit), to within 3e-7 of the limit.
+struct SoftCap {
+  float limit;  // of the products, or 0 for none
+  float rate;   // 2 log2(e) / limit
+
+  NAMM_DEVICE SoftCap(float softcap, float softmax_scale)
+      : limit(softmax_scale == 0.0f ? 0.0f : softcap / fabsf(softmax_scale)),
+        rate(2.0f * kLog2E / limit) {}
+  NAMM_DEVICE bool any() const { return limit > 0.0f; }
+  // tanh(y) = 1 - 2 / (1 + exp(2 y)), also where the exponential is infinite.
+  NAMM_DEVICE float operator()(float x) const {
+    return limit - 2.0f * limit * fast_rcp(1.0f + ex2(x * rate));
+  }
+};
+
 }  // namespace namm_ext::gpu

@@ -189,6 +189,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
   }
 
   const float scale = w.softmax_scale * kLog2E;
+  const SoftCap cap(w.softcap, w.softmax_scale);
   const float shift = log2f(static_cast<float>(w.num_groups)) - (kReceived ? 0.0f : kScaleLog2);
   // ldmatrix: lane i points at query row i % 8 (+ 8 for i >= 16) and, for odd i / 8, at the second
   // half of the k-step.
@@ -224,6 +225,16 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
           for (int mt = 0; mt < kMTiles; ++mt) {
             mma_m16n8k16<T>(s[mt][0], k_frag[mt][step], frag[0], frag[1]);
             mma_m16n8k16<T>(s[mt][1], k_frag[mt][step], frag[2], frag[3]);
+          }
+        }
+        if (cap.any()) {
+#pragma unroll
+          for (int mt = 0; mt < kMTiles; ++mt) {
+#pragma unroll
+            for (int nt = 0; nt < 2; ++nt) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) s[mt][nt][j] = cap(s[mt][nt][j]);
+            }
           }
         }
         const float* head_lse =

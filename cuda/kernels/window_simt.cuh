@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kSimtThreads, 4)
   const T* q = static_cast<const T*>(w.q) + b * w.q_strides[0];
   const float* lse = w.lse + b * w.lse_strides[0];
   const int num_keys = min(kSimtKeys, tile.live - tile.row);
+  const SoftCap cap(w.softcap, w.softmax_scale);
 
   float ema[5] = {}, received = 0.0f;
   if constexpr (!kReceived) {  // the hop before the first visible one holds zeros
@@ -95,7 +96,8 @@ __global__ void __launch_bounds__(kSimtThreads, 4)
       }
       for (int r = 0; r < 4; ++r) {
         const int row = hop * kHop + warp * 4 + r;
-        const float p = expf(dot[r] * w.softmax_scale - lse[head * w.lse_strides[1] + row]);
+        const float product = cap.any() ? cap(dot[r]) : dot[r];
+        const float p = expf(product * w.softmax_scale - lse[head * w.lse_strides[1] + row]);
         mean[r] += key_pos <= pos_q + row ? p : 0.0f;
       }
     }

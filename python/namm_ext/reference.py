@@ -528,11 +528,23 @@ def record_(
         lse_window[b, :, rows] = lse[b, :, columns]
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, round_to: torch.dtype | None) -> Tensor:
-    """``q k^T * scale`` over the last dimension, rounded after each step if asked."""
+def soft_cap(logits: Tensor, softcap: float) -> Tensor:
+    """Logits bounded as in Gemma 2 (arXiv:2408.00118): ``softcap * tanh(logits / softcap)``.
+
+    Args:
+        logits: before any mask.
+        softcap: positive, or 0 for no bound.
+    """
+    return logits if softcap == 0 else softcap * torch.tanh(logits / softcap)
+
+
+def _logits(
+    q: Tensor, k: Tensor, scale: float, softcap: float, round_to: torch.dtype | None
+) -> Tensor:
+    """``q k^T * scale`` over the last dimension, soft-capped, rounded after each step if asked."""
     dtype = _compute_dtype(q, k)
     product = _round(q.to(dtype) @ k.to(dtype).transpose(-1, -2), round_to)
-    return _round(product * scale, round_to)
+    return _round(soft_cap(_round(product * scale, round_to), softcap), round_to)
 
 
 def attend_(
@@ -545,6 +557,7 @@ def attend_(
     pos_first: Tensor,
     *,
     softmax_scale: float,
+    softcap: float = 0.0,
     round_to: torch.dtype | None = None,
 ) -> None:
     """Softmax attention of new queries over the ragged segments, causal by position, in place.
@@ -558,6 +571,7 @@ def attend_(
         q: ``[B, H * G, L, D]`` after RoPE. segments: the store, new keys included.
         first, num_new, pos_first: ``[B]`` int32.
         softmax_scale: usually ``D ** -0.5``.
+        softcap: bound of the logits (:func:`soft_cap`), 0 for none.
         round_to: round logits and probabilities as the original does in that dtype.
     """
     batch_size, num_heads = q.shape[0], q.shape[1]
@@ -568,7 +582,7 @@ def attend_(
         n, c = int(num_new[b]), int(first[b])
         heads, columns = slice(h * groups, (h + 1) * groups), slice(c, c + n)
         keys, pos = segments.k[live], segments.pos[live]
-        logits = _logits(q[b, heads, columns], keys, softmax_scale, round_to)  # [G, n, K]
+        logits = _logits(q[b, heads, columns], keys, softmax_scale, softcap, round_to)  # [G, n, K]
         query_pos = int(pos_first[b]) + torch.arange(n, device=pos.device)
         visible = pos[None, :] <= query_pos[:, None]
         logits = logits.masked_fill(~visible, -torch.inf)
@@ -587,6 +601,7 @@ def attend(
     pos_first: Tensor,
     *,
     softmax_scale: float,
+    softcap: float = 0.0,
     round_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend_` into new tensors: out zeros, lse -inf where nothing is written.
@@ -600,7 +615,7 @@ def attend(
     lse = q.new_full((batch_size, num_heads, num_cols), -torch.inf, dtype=_compute_dtype(q))
     attend_(
         out, lse, q, segments, first, num_new, pos_first,
-        softmax_scale=softmax_scale, round_to=round_to,
+        softmax_scale=softmax_scale, softcap=softcap, round_to=round_to,
     )  # fmt: skip
     return out, lse
 
@@ -612,17 +627,18 @@ def _window_attention(
     live: slice,
     num_kv_heads: int,
     softmax_scale: float,
+    softcap: float,
     round_to: torch.dtype | None,
 ) -> Tensor:
     """Group mean of the recomputed probabilities of one segment, ``[W, K]``.
 
-    ``P[i, t] = exp(q_i . k_t * scale - lse_i)`` if ``pos[t] <= pos_q + i`` else exactly 0.
+    ``P[i, t] = exp(cap(q_i . k_t * scale) - lse_i)`` if ``pos[t] <= pos_q + i`` else exactly 0.
     """
     b, h = divmod(s, num_kv_heads)
     groups = window.q.shape[1] // num_kv_heads
     heads = slice(h * groups, (h + 1) * groups)
     pos = segments.pos[live]
-    logits = _logits(window.q[b, heads], segments.k[live], softmax_scale, round_to)
+    logits = _logits(window.q[b, heads], segments.k[live], softmax_scale, softcap, round_to)
     row_pos = int(window.pos_q[b]) + torch.arange(window.q.shape[2], device=pos.device)
     visible = pos[None, :] <= row_pos[:, None]
     log_probs = logits - window.lse[b, heads, :, None].to(logits.dtype)
@@ -636,6 +652,7 @@ def spectrogram(
     *,
     softmax_scale: float,
     ema_coeff: float,
+    softcap: float = 0.0,
     round_to: torch.dtype | None = None,
 ) -> Tensor:
     """New spectral state of every live token after a period (spec 2 and 3).
@@ -646,7 +663,7 @@ def spectrogram(
     Args:
         window: of 16 + n_up rows. segments: the store, with 17 numbers of state per token; the
             state of rows that are not active is copied.
-        softmax_scale: as in attention. ema_coeff: per token.
+        softmax_scale, softcap: as in attention. ema_coeff: per token.
         round_to: round logits, probabilities and group mean as the original's attention dtype.
 
     Returns:
@@ -659,7 +676,9 @@ def spectrogram(
         if not window.active[s // num_kv_heads]:
             new_state[live] = state[live]
             continue
-        attn = _window_attention(window, segments, s, live, num_kv_heads, softmax_scale, round_to)
+        attn = _window_attention(
+            window, segments, s, live, num_kv_heads, softmax_scale, softcap, round_to
+        )
         magnitudes = spectrogram_from_attention(attn[CARRY:], attn[:CARRY].T)
         new_state[live] = fold_ema(magnitudes, state[live], ema_coeff).to(state.dtype)
     return new_state
@@ -671,11 +690,12 @@ def attention_received(
     *,
     softmax_scale: float,
     first_row: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention each live token received: the group mean summed over rows ``first_row`` ....
 
     Args:
-        window, segments, softmax_scale: as in :func:`spectrogram`, with any state.
+        window, segments, softmax_scale, softcap: as in :func:`spectrogram`, with any state.
         first_row: first window row that counts, in ``[0, 16 + n_up]``; 16 skips the left context.
 
     Returns:
@@ -694,7 +714,9 @@ def attention_received(
     received = torch.zeros(segments.capacity, dtype=_compute_dtype(k), device=k.device)
     for s, live in enumerate(segments.slices()):
         if window.active[s // num_kv_heads]:
-            attn = _window_attention(window, segments, s, live, num_kv_heads, softmax_scale, None)
+            attn = _window_attention(
+                window, segments, s, live, num_kv_heads, softmax_scale, softcap, None
+            )
             received[live] = attn[first_row:].sum(dim=0)
     return received
 

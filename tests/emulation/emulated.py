@@ -74,6 +74,7 @@ AttendParams = _struct(
     ("q_strides out_strides lse_strides", I64 * 3),
     ("num_groups head_dim head_dim_v num_cols", I32),
     ("softmax_scale", F32),
+    ("softcap", F32),
     ("dtype", I32),
 )
 RecordParams = _struct(
@@ -90,6 +91,7 @@ Window = _struct(
     ("lse_strides", I64 * 2),
     ("num_groups head_dim num_rows", I32),
     ("softmax_scale", F32),
+    ("softcap", F32),
     ("dtype", I32),
 )
 SpectrogramParams = _struct(

@@ -63,6 +63,7 @@ def run(
     order: tuple[int, int] = (0, 0),
     simt: bool = False,
     launch_capacity: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     held = store._make(emulated.guarded(t) for t in store)
     columns = [emulated.guarded(t) for t in (new.first, new.num_new, new.pos_first)]
@@ -79,22 +80,25 @@ def run(
         ptr(out), ptr(lse),
         q.stride()[:3], out.stride()[:3], lse.stride(),
         num_heads * batch_size // store.seqused_k.numel(), dim, dim_v, num_cols,
-        new.scale, emulated.DTYPES[q.dtype],
+        new.scale, softcap, emulated.DTYPES[q.dtype],
     )  # fmt: skip
     emulated.launch("attend", params, launch_capacity or store.capacity, order=order, simt=simt)
     return out, lse
 
 
-def check(store: values.Segments, new: Queries, **kwargs) -> tuple[Tensor, Tensor]:
+def check(
+    store: values.Segments, new: Queries, softcap: float = 0.0, **kwargs
+) -> tuple[Tensor, Tensor]:
     def law(dtype: torch.dtype, round_to: torch.dtype | None) -> tuple[Tensor, Tensor]:
         return reference.attend(
             new.q.to(dtype), store._replace(k=store.k.to(dtype), v=store.v.to(dtype)),
-            new.first, new.num_new, new.pos_first, softmax_scale=new.scale, round_to=round_to,
+            new.first, new.num_new, new.pos_first, softmax_scale=new.scale, softcap=softcap,
+            round_to=round_to,
         )  # fmt: skip
 
     exact, exact_lse = law(torch.float64, None)
     dtype = store.k.dtype
-    out, lse = run(store, new, **kwargs)
+    out, lse = run(store, new, softcap=softcap, **kwargs)
     written = torch.zeros(lse.shape, dtype=torch.bool)
     for b, (c, n) in enumerate(zip(new.first.tolist(), new.num_new.tolist(), strict=True)):
         written[b, :, c : c + n] = True
@@ -118,6 +122,17 @@ def check(store: values.Segments, new: Queries, **kwargs) -> tuple[Tensor, Tenso
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ORDER_IDS = ["forwards", "backwards", "random"]
+
+
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+@pytest.mark.parametrize("simt", [False, True], ids=["mma", "simt"])
+@pytest.mark.parametrize("num_new", [1, 40], ids=["decode", "prefill"])
+def test_bounded_logits(num_new, simt, softcap):
+    store = make_store([[256, 300], [1, 130]], 64, dtype=BF16, num_tail=num_new)
+    new = make_queries(store, 4, [num_new] * 2, [0, 0], num_new)
+    _, bound = check(store, new, softcap, simt=simt)
+    _, free = check(store, new, simt=simt)
+    assert not torch.equal(bound, free)
 
 
 @pytest.mark.parametrize("order", emulated.ORDERS, ids=ORDER_IDS)

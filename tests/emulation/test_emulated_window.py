@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 
 import emulated
@@ -22,6 +23,7 @@ class Sample:
     store: values.Segments
     scale: float
     num_groups: int
+    softcap: float = 0.0
 
 
 def make_sample(
@@ -33,6 +35,7 @@ def make_sample(
     active: list[bool] | None = None,
     num_new: int | None = None,
     strided: bool = False,
+    softcap: float = 0.0,
 ) -> Sample:
     """A store of ``lengths[b][h]`` rows whose newest ``num_new`` rows were born in the window."""
     gen = torch.Generator().manual_seed(head_dim + num_groups)
@@ -58,6 +61,7 @@ def make_sample(
         store,
         head_dim**-0.5,
         num_groups,
+        softcap,
     )
     # A row's own log-sum-exp over what it sees, as attention reports it; finite where it sees
     # nothing.
@@ -66,6 +70,7 @@ def make_sample(
         hidden = store.pos[live][None, :] > (newest + 1 - rows + torch.arange(rows))[:, None]
         for head in range(h * num_groups, (h + 1) * num_groups):
             logits = q[b, head].double() @ store.k[live].double().T * sample.scale
+            logits = reference.soft_cap(logits, softcap)
             lse = logits.masked_fill(hidden, float("-inf")).logsumexp(-1)
             sample.window.lse[b, head] = torch.where(lse.isfinite(), lse, 0.0)
     return sample
@@ -85,7 +90,7 @@ def run(op: str, x: Sample, **kwargs: object) -> Tensor:
         q.data_ptr(), lse.data_ptr(), held.k.data_ptr(), held.pos.data_ptr(), pos_q.data_ptr(),
         active.data_ptr(),
         (emulated.I64 * 3)(*q.stride()[:3]), (emulated.I64 * 2)(*x.window.lse.stride()[:2]),
-        x.num_groups, q.shape[3], q.shape[2], x.scale, emulated.DTYPES[q.dtype],
+        x.num_groups, q.shape[3], q.shape[2], x.scale, x.softcap, emulated.DTYPES[q.dtype],
     )  # fmt: skip
     shape = held.state.shape if op == "spectrogram" else held.pos.shape
     out = emulated.guarded(torch.full(shape, -7.0))
@@ -102,8 +107,12 @@ def expected(op: str, x: Sample, first_row: int = 0) -> Tensor:
     window = x.window._replace(q=x.window.q.double(), lse=x.window.lse.double())
     args = (window, x.store.double())
     if op == "spectrogram":
-        return reference.spectrogram(*args, softmax_scale=x.scale, ema_coeff=EMA_COEFF)
-    return reference.attention_received(*args, softmax_scale=x.scale, first_row=first_row)
+        return reference.spectrogram(
+            *args, softmax_scale=x.scale, ema_coeff=EMA_COEFF, softcap=x.softcap
+        )
+    return reference.attention_received(
+        *args, softmax_scale=x.scale, first_row=first_row, softcap=x.softcap
+    )
 
 
 def check(got: Tensor, exact: Tensor, x: Sample, tolerance: float) -> None:
@@ -178,6 +187,18 @@ def test_attention_received(name: str, first_row: int) -> None:
     x = make_sample(**{**CASES, **SIMT_CASES}[name])
     got = run("attention_received", x, first_row=first_row)
     check(got, expected("attention_received", x, first_row), x, FLOAT)
+
+
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+@pytest.mark.parametrize("name", ["bf16-D64-G2", "bf16-D128-G4", *SIMT_CASES])
+def test_bounded_logits(name: str, softcap: float) -> None:
+    x = make_sample(**{**CASES, **SIMT_CASES}[name], softcap=softcap)
+    got = run("spectrogram", x)
+    check(got, expected("spectrogram", x), x, HALF if name in CASES else FLOAT)
+    received = run("attention_received", x, first_row=16)
+    check(received, expected("attention_received", x, 16), x, 2 * FLOAT)
+    live, free = x.store.live, dataclasses.replace(x, softcap=0.0)
+    assert not torch.equal(received[live], run("attention_received", free, first_row=16)[live])
 
 
 @pytest.mark.parametrize("name", ODD_CASES)

@@ -36,10 +36,12 @@ MMA = [
     *_window("bf16-D64-G2", "bf16-D64-G5", "fp16-D64-G1", "bf16-D24-G16", "bf16-D80-G2"),
     partial(window.test_attention_received, "bf16-D64-G2", 21),
     partial(window.test_same_bits_in_every_order_and_batch, "spectrogram", False),
+    partial(window.test_bounded_logits, "bf16-D64-G2", 0.7),
 ]
 SIMT = [
     *_window("fp32-D40-G3"),
     partial(window.test_same_bits_in_every_order_and_batch, "spectrogram", True),
+    partial(window.test_bounded_logits, "fp32-D40-G3", 0.7),
 ]
 BAM = [
     partial(scores.test_bam_scores, False, False),
@@ -60,6 +62,7 @@ DECODE = [
     attend.test_decode_of_several_columns,
     partial(attend.test_queries_in_the_middle_of_a_segment, 2, False),
     partial(attend.test_queries_that_see_nothing, 1, False),
+    partial(attend.test_bounded_logits, 1, False, 0.7),
 ]
 PREFILL = [
     partial(attend.test_prefill, RANDOM),
@@ -71,6 +74,7 @@ PREFILL = [
 ATTEND_SIMT = [
     partial(attend.test_simt, 33, 7, 3, attend.FP32, split) for split in (True, False)
 ] + [partial(attend.test_queries_in_the_middle_of_a_segment, n, True) for n in (2, 80)]
+ATTEND_SIMT += [partial(attend.test_bounded_logits, 1, True, 0.7)]
 SELECT = [
     partial(select.test_select, rule, kind) for rule in select.RULES for kind in ("normal", "ties")
 ] + [
@@ -158,6 +162,7 @@ FAULTS = [
         ("ring-runs-over", "stage.slot + 1 < kStages", "stage.slot + 1 <= kStages"),
         ("key-padding-read", "live && first < num_words", "live"),
         ("query-padding-read", "real[j] = chunk * 8 < w.head_dim;", "real[j] = true;"),
+        ("cap-forgotten", "if (cap.any()) {", "if (false) {"),
         ("bin-16-lost", "if (c == 0) target[16]", "if (c == 1) target[16]"),
     ),
     *_faults(
@@ -165,6 +170,7 @@ FAULTS = [
         ("hop-too-late", "(pos - pos_q) / kHop : 0", "(pos - pos_q) / kHop + 1 : 0"),
         ("no-barrier-before-slices", "        __syncthreads();\n        for (int i = thread; i < kHop * kSimtSlice",
          "        for (int i = thread; i < kHop * kSimtSlice"),
+        ("cap-forgotten", "cap.any() ? cap(dot[r]) : dot[r]", "dot[r]"),
         ("hops-share-a-buffer", "const float* before = probs + ((hop + 1) & 1)",
          "const float* before = probs + (hop & 1)"),
     ),
@@ -174,6 +180,8 @@ FAULTS = [
     ),
     *_faults(
         "window", "platform.cuh", SIMT,
+        ("cap-off-by-two", "rate(2.0f * kLog2E / limit)", "rate(kLog2E / limit)"),
+        ("cap-without-scale", "softcap / fabsf(softmax_scale)", "softcap"),
         ("tiles-of-segments", "seg.cu_seqlens_k[middle] / tile_rows + middle <= tile",
          "seg.cu_seqlens_k[middle] / tile_rows <= tile"),
     ),
@@ -208,6 +216,7 @@ FAULTS = [
     ),
     *_faults(
         "attend", "attend_mma.cuh", [*DECODE, *PREFILL],
+        ("cap-forgotten", "if (cap.any()) {", "if (false) {"),
         ("swizzle-of-reader", "(vector ^ (row & 7)) << 4", "(vector ^ (threadIdx.x & 7)) << 4"),
         ("keys-crossed", "mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);",
          "mma_m16n8k16<T>(s[2 * n], a, b[0], b[2]);"),
@@ -271,6 +280,7 @@ FAULTS = [
     ),
     *_faults(
         "attend", "attend_simt.cuh", ATTEND_SIMT,
+        ("cap-forgotten", "if (cap.any()) {", "if (false) {"),
         ("newer-keys-seen", "key < end && key_pos <=", "key < end || key_pos <="),
         ("no-barrier-before-softmax", "    __syncthreads();  // the logits are there\n", ""),
         ("no-barrier-before-values", "    __syncthreads();  // the probabilities are there\n", ""),

@@ -88,6 +88,7 @@ struct AttendParams {
   int64_t q_strides[3], out_strides[3], lse_strides[3];
   int32_t num_groups, head_dim, head_dim_v, num_cols;  // num_cols = L
   float softmax_scale;
+  float softcap;  // 0: none; else a logit x becomes softcap * tanh(x / softcap)
   DType dtype;
 };
 
@@ -122,6 +123,7 @@ struct Window {
   int64_t q_strides[3], lse_strides[2];    // of dimensions 0, 1, 2 and 0, 1; lse is contiguous in W
   int32_t num_groups, head_dim, num_rows;  // num_rows = W, a multiple of kHop
   float softmax_scale;
+  float softcap;  // as in AttendParams, before lse is taken off
   DType dtype;
 };
 

@@ -30,6 +30,7 @@ def received(ctx: UpdateContext, num_queries: int) -> Tensor:
         ctx.segments,
         softmax_scale=ctx.softmax_scale,
         first_row=window.q.shape[2] - num_queries,
+        softcap=ctx.softcap,
     )
 
 

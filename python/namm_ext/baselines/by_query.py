@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..policy import UpdateContext
+from ..reference import soft_cap
 from ..rotation import Rotation, rotation_of
 from ._base import Baseline
 
@@ -95,7 +96,7 @@ class ExpectedAttention(Baseline):
             q = self.rotation.turn(q, ctx.seen[b] - position[valid], self.future)
             k, v = (t[rows][rank].to(scores.dtype) for t in (store.k, store.v))
             # For a Gaussian logit, log E exp is mean + variance / 2: those of the turned queries.
-            logits = q @ k.T * ctx.softmax_scale
+            logits = soft_cap(q @ k.T * ctx.softmax_scale, ctx.softcap)
             expected = logits.mean(1) + logits.var(1, correction=0) / 2
             weight = expected.softmax(1).mean(0) + self.epsilon
             score = (weight * v.norm(dim=1)).clamp(min=torch.finfo(v.dtype).tiny).log()

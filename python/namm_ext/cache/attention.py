@@ -20,14 +20,16 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..reference import soft_cap
 from .layer import NAME, TAG, NAMMLayer
 
 # Arguments of attention functions that change the result and that the kernels do not know.
 _UNSUPPORTED = {
-    "softcap": "softcapped attention logits",
     "position_bias": "a position bias",
     "sliding_window": "a sliding window on a full-attention layer",
 }
+#: Queries whose logits are held together where attention is written out.
+_QUERIES = 512
 
 
 def namm_mask(
@@ -78,6 +80,7 @@ def namm_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of new tokens over everything their layer remembers, themselves included.
@@ -89,6 +92,7 @@ def namm_attention_forward(
         scaling: softmax scale, default ``D ** -0.5``.
         dropout: must be 0.
         s_aux: ``[Hq]`` logits of attention sinks.
+        softcap: bound of the logits x, which become ``softcap * tanh(x / softcap)``.
 
     Returns:
         ``[B, L, Hq, Dv]`` and None: there are no attention weights to show.
@@ -99,7 +103,7 @@ def namm_attention_forward(
     layer: NAMMLayer | None = getattr(key, TAG, None)
     if layer is None:
         return _stock_attention(
-            module, query, key, value, attention_mask, scaling, dropout, s_aux, **kwargs
+            module, query, key, value, attention_mask, scaling, dropout, s_aux, softcap, **kwargs
         )
     # First: whatever is refused below, the keys have arrived.
     layer.claim(module)
@@ -143,10 +147,10 @@ def namm_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
         out = torch.ops.namm_ext.layer_forward(
-            query, key, value, attention_mask, layer.handle, scale, s_aux
+            query, key, value, attention_mask, layer.handle, scale, s_aux, softcap or 0.0
         )
     else:
-        out = layer.forward(query, key, value, attention_mask, scale, s_aux)
+        out = layer.forward(query, key, value, attention_mask, scale, s_aux, softcap or 0.0)
     return out, None
 
 
@@ -159,6 +163,7 @@ def _stock_attention(
     scaling: float | None,
     dropout: float,
     s_aux: Tensor | None,
+    softcap: float | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if attention_mask is not None and attention_mask.dim() == 2:
@@ -172,6 +177,8 @@ def _stock_attention(
         )
     if s_aux is not None:
         return _sdpa_with_sink(query, key, value, attention_mask, scaling, s_aux), None
+    if softcap is not None:
+        return _soft_capped(query, key, value, attention_mask, scaling, softcap), None
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     result: tuple[Tensor, None] = sdpa(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -199,6 +206,29 @@ def _sdpa_with_sink(
         query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous()
+
+
+def _soft_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """PyTorch's SDPA knows no bound of logits: written out, some queries at a time."""
+    length, size, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    if mask is None:
+        mask = query.new_ones(length, size, dtype=torch.bool).tril(size - length)
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = []
+    for q, seen in zip(query.split(_QUERIES, 2), mask.split(_QUERIES, -2), strict=True):
+        logits = soft_cap(q @ key.mT * scale, softcap)
+        logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
+        weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        out.append(weights.to(value.dtype) @ value)
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, namm_attention_forward)

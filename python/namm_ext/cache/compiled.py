@@ -35,10 +35,11 @@ def layer_forward(
     handle: Tensor,
     softmax_scale: float,
     sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """``NAMMLayer.forward`` of the layer behind ``handle``, opaque to torch.compile."""
     layer = _LAYERS[int(handle)]
-    return layer.forward(query, key, value, attention_mask, softmax_scale, sink_logits)
+    return layer.forward(query, key, value, attention_mask, softmax_scale, sink_logits, softcap)
 
 
 @layer_forward.register_fake
@@ -50,5 +51,6 @@ def _(
     handle: Tensor,
     softmax_scale: float,
     sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -51,11 +51,6 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         raise ValueError(f"NAMMCache: {name!r} is not supported, {_PARTICULAR[name]}")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(f"NAMMCache: multi-head latent attention is not supported, got {name!r}")
-    for field in ("attn_logit_softcapping", "attn_logit_softcap"):
-        if getattr(config, field, None) is not None:
-            raise ValueError(
-                f"NAMMCache: softcapped attention logits are not supported, got {name!r}"
-            )
     modes = getattr(config, "kv_sharing_modes", None) or ()
     if "reuse" in modes or getattr(config, "num_kv_shared_layers", None):
         raise ValueError(

@@ -165,6 +165,7 @@ class NAMMLayer(CacheLayerMixin):
         mask: Tensor | None,
         scale: float,
         sink_logits: Tensor | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
         """Store the new tokens and attend, ``[B, L, Hq, Dv]``; updates happen in here.
 
@@ -186,7 +187,7 @@ class NAMMLayer(CacheLayerMixin):
             refuse(self.layer_idx)
         self.settle()
         if self.kv is None:
-            self.kv = self._make_store(q, k, v, scale)
+            self.kv = self._make_store(q, k, v, scale, softcap)
             self.is_initialized = True
         kv = self.kv
         kv.recording, kv.evicts = session.recording, session.evicts
@@ -216,7 +217,9 @@ class NAMMLayer(CacheLayerMixin):
         self.kv.seen = seen
         self.padded += 1
 
-    def _make_store(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> RaggedKV:
+    def _make_store(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float
+    ) -> RaggedKV:
         index = self.session.param_index
         if index is not None and index.numel() != q.shape[0]:
             raise ValueError(
@@ -239,6 +242,7 @@ class NAMMLayer(CacheLayerMixin):
             head_dim=q.shape[3],
             head_dim_v=v.shape[3],
             softmax_scale=scale,
+            softcap=softcap,
             dtype=k.dtype,
             device=q.device,
             layer_idx=self.layer_idx,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..cache import NAMMCache, borrow, cache_keyword
 from ..policy import Policy, UpdateContext
+from ..reference import soft_cap
 
 #: Added to importance before its logarithm is taken.
 IMPORTANCE_EPS = 1e-4
@@ -109,7 +110,8 @@ class _LookingBack(Policy):
                 part = slice(begin, min(begin + _QUERIES, rows))
                 q = window.q[0, heads, part].to(state.dtype)
                 lse = window.lse[0, heads, part, None].to(state.dtype)
-                received = (q @ k.T * ctx.softmax_scale - lse).exp().amax((0, 1))
+                logits = soft_cap(q @ k.T * ctx.softmax_scale, ctx.softcap)
+                received = (logits - lse).exp().amax((0, 1))
                 state[early, 0] = torch.maximum(state[early, 0], received)
         return state[:, 0].contiguous(), state
 

@@ -20,6 +20,7 @@ from ..baselines import Baseline
 from ..budget import Budget
 from ..policy import Policy, UpdateContext
 from ..ragged import Planner, RaggedKV
+from ..reference import soft_cap
 
 # Presses that divide by the number of all queries, of which a store has the newest alone.
 _WHOLE_PROMPT = ("ObservedAttentionPress",)
@@ -86,7 +87,8 @@ class PressPolicy(Baseline):
         q, lse = (t[row : row + 1, queries, newest].float() for t in (window.q, window.lse))
         last = int(window.pos_q[row]) + window.q.shape[2]
         at = torch.arange(last - q.shape[2], last, device=q.device)
-        logits = q @ keys.float().repeat_interleave(groups, 1).mT * ctx.softmax_scale
+        products = q @ keys.float().repeat_interleave(groups, 1).mT * ctx.softmax_scale
+        logits = soft_cap(products, ctx.softcap)
         seen = positions.repeat_interleave(groups, 1)[:, :, None] <= at[:, None]
         attention = torch.where(seen, (logits - lse[..., None]).exp(), 0.0)
         scores: Tensor = _score(self.press, keys, values, attention, ctx.layer_idx)
@@ -222,9 +224,8 @@ class NAMMPress:
 
         if keys.shape[0] != 1:
             raise ValueError(f"NAMMPress: a batch must have one row, got {keys.shape[0]}")
-        special = [getattr(module, n, None) for n in ("sinks", "attn_logit_softcapping")]
-        if special != [None, None]:
-            raise ValueError("NAMMPress: the model must have neither sinks nor softcapped logits")
+        if getattr(module, "sinks", None) is not None:
+            raise ValueError("NAMMPress: the model must have no sinks")
         q = get_prerope_query_states(module, hidden)
         half = q.shape[-1] // 2
         cos, sin = (t[:, None].to(q.dtype) for t in rotation)
@@ -233,6 +234,7 @@ class NAMMPress:
             self.policy, batch_size=1, num_kv_heads=keys.shape[1], num_heads=q.shape[1],
             head_dim=keys.shape[3], head_dim_v=values.shape[3], softmax_scale=module.scaling,
             dtype=keys.dtype, layer_idx=module.layer_idx, device=keys.device,
+            softcap=getattr(module, "attn_logit_softcapping", None) or 0.0,
         )  # fmt: skip
         pieces = Planner(self.policy.n_up)(kv.seen, keys.shape[2], None, keys.device)
         kv.forward(q, keys, values, pieces)

@@ -20,6 +20,7 @@ def attend_(
     pos_first: Tensor,
     *,
     softmax_scale: float,
+    softcap: float = 0.0,
 ) -> None:
     """Softmax attention of new queries over the ragged segments, causal by position, in place.
 
@@ -37,6 +38,7 @@ def attend_(
         num_new: ``[B]`` int32, number of real columns.
         pos_first: ``[B]`` int32, position of the first of them.
         softmax_scale: factor on the products, usually ``D ** -0.5``.
+        softcap: bound of the scaled products x, ``softcap * tanh(x / softcap)``; 0 for none.
 
     Raises:
         RuntimeError: if an argument differs from the above.
@@ -54,13 +56,14 @@ def attend_(
     """
     if q.dtype is torch.float64:
         reference.attend_(
-            out, lse, q, segments, first, num_new, pos_first, softmax_scale=softmax_scale
-        )
+            out, lse, q, segments, first, num_new, pos_first, softmax_scale=softmax_scale,
+            softcap=softcap,
+        )  # fmt: skip
         return
     k, v, pos, _, cu_seqlens_k, seqused_k = segments
     call(
         kernels.attend_.default, out, lse, q, k, v, pos, cu_seqlens_k, seqused_k, first, num_new,
-        pos_first, softmax_scale,
+        pos_first, softmax_scale, softcap,
     )  # fmt: skip
 
 
@@ -72,6 +75,7 @@ def attend(
     pos_first: Tensor,
     *,
     softmax_scale: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend_` into new tensors.
 
@@ -84,6 +88,7 @@ def attend(
         num_new: ``[B]`` int32.
         pos_first: ``[B]`` int32.
         softmax_scale: factor on the products.
+        softcap: bound of the logits, as in :func:`attend_`; 0 for none.
 
     Returns:
         ``out [B, L, H * G, Dv]`` in the dtype of ``q`` and ``lse [B, H * G, L]`` float32 (float64
@@ -107,7 +112,10 @@ def attend(
     out = q.new_zeros(batch_size, num_cols, num_heads, segments.v.shape[-1])
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     lse = q.new_full((batch_size, num_heads, num_cols), -torch.inf, dtype=dtype)
-    attend_(out, lse, q, segments, first, num_new, pos_first, softmax_scale=softmax_scale)
+    attend_(
+        out, lse, q, segments, first, num_new, pos_first, softmax_scale=softmax_scale,
+        softcap=softcap,
+    )  # fmt: skip
     return out, lse
 
 
@@ -160,6 +168,7 @@ def spectrogram(
     *,
     softmax_scale: float,
     ema_coeff: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Spectrum of the attention each key received in a period, folded into its running average.
 
@@ -174,6 +183,7 @@ def spectrogram(
         segments: the store, its state ``[C, 17]`` E before the period, zero for keys born in it.
         softmax_scale: the factor attention used.
         ema_coeff: per token, in [0, 1].
+        softcap: the bound attention used.
 
     Returns:
         ``[C, 17]`` float32, E after the period.
@@ -196,11 +206,11 @@ def spectrogram(
     k, _, pos, state, cu_seqlens_k, seqused_k = segments
     if q.dtype is torch.float64 or state.dtype is torch.float64:
         return reference.spectrogram(
-            window, segments, softmax_scale=softmax_scale, ema_coeff=ema_coeff
+            window, segments, softmax_scale=softmax_scale, ema_coeff=ema_coeff, softcap=softcap
         )
     return call(
         kernels.spectrogram.default, q, lse, k, pos, state, cu_seqlens_k, seqused_k, pos_q, active,
-        softmax_scale, ema_coeff,
+        softmax_scale, ema_coeff, softcap,
     )  # fmt: skip
 
 
@@ -210,6 +220,7 @@ def attention_received(
     *,
     softmax_scale: float,
     first_row: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention each key received from the window's queries, summed.
 
@@ -220,6 +231,7 @@ def attention_received(
         segments: the store; the state does not matter.
         softmax_scale: the factor attention used.
         first_row: in ``[0, 16 + n_up]``; 16 leaves the previous period's queries out.
+        softcap: the bound attention used.
 
     Returns:
         ``[C]`` float32 (float64 for float64 queries); zero for rows that are not active.
@@ -240,10 +252,10 @@ def attention_received(
     q, lse, pos_q, active = window
     if q.dtype is torch.float64:
         return reference.attention_received(
-            window, segments, softmax_scale=softmax_scale, first_row=first_row
+            window, segments, softmax_scale=softmax_scale, first_row=first_row, softcap=softcap
         )
     k, _, pos, _, cu_seqlens_k, seqused_k = segments
     return call(
         kernels.attention_received.default, q, lse, k, pos, cu_seqlens_k, seqused_k, pos_q, active,
-        softmax_scale, first_row,
+        softmax_scale, first_row, softcap,
     )  # fmt: skip

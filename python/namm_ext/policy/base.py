@@ -41,6 +41,7 @@ class UpdateContext:
         param_index: ``[B]`` int32, candidate of each row in a bank of parameters.
         seen: real tokens of each row so far, B ints.
         due: the same as ``window.active``, B bools on the host.
+        softcap: bound of the attention's logits, 0 for none.
     """
 
     segments: Segments
@@ -51,6 +52,7 @@ class UpdateContext:
     param_index: Tensor
     seen: tuple[int, ...]
     due: tuple[bool, ...]
+    softcap: float = 0.0
 
 
 class Room(NamedTuple):

@@ -168,4 +168,5 @@ def spectrogram(ctx: UpdateContext, config: NAMMConfig) -> Tensor:
         ctx.segments,
         softmax_scale=ctx.softmax_scale,
         ema_coeff=config.ema_coeff,
+        softcap=ctx.softcap,
     )

@@ -34,6 +34,7 @@ def to_tensors(kv: RaggedKV) -> dict[str, Tensor]:
         "overdue": torch.tensor(kv.overdue_rows),
         "softmax_scale": torch.tensor(kv.softmax_scale, dtype=torch.float64),
         "num_updates": torch.tensor(kv.num_updates),
+        **({"softcap": torch.tensor(kv.softcap, dtype=torch.float64)} if kv.softcap else {}),
     }
 
 
@@ -63,6 +64,7 @@ def from_tensors(
         head_dim=tensors["k"].shape[1],
         head_dim_v=tensors["v"].shape[1],
         softmax_scale=float(tensors["softmax_scale"]),
+        softcap=float(tensors.get("softcap", 0.0)),
         dtype=tensors["k"].dtype,
         device=device,
         layer_idx=layer_idx,
@@ -125,6 +127,11 @@ def _check_sizes(tensors: dict[str, Tensor]) -> None:
     _require(segments > 0 and segments % batch_size == 0, "kept must have entries for every row")
     scale = float(tensors["softmax_scale"])
     _require(math.isfinite(scale) and scale > 0, "softmax_scale must be finite and positive")
+    if "softcap" in tensors:
+        _require(tensors["softcap"].dim() == 0, "softcap must have 0 dimensions")
+        _require(tensors["softcap"].dtype in _REAL, "softcap must be a float tensor")
+        cap = float(tensors["softcap"])
+        _require(math.isfinite(cap) and cap > 0, "softcap must be finite and positive")
     for name in ("k", "v", "q_window"):
         _require(0 < tensors[name].shape[-1] <= 2**16, f"{name} must have a head dimension")
     heads = tensors["q_window"].shape[1]

@@ -59,6 +59,7 @@ class RaggedKV:
         batch_size, num_kv_heads, num_heads, head_dim, head_dim_v: sizes; ``num_heads`` counts
             query heads, a multiple of ``num_kv_heads``.
         softmax_scale: factor on ``q k^T``.
+        softcap: bound of the logits, 0 for none.
         dtype: of k, v and q. State and log-sum-exps are float32, or float64 with float64.
         device: of everything.
         layer_idx: for error messages and for policies that treat layers differently.
@@ -88,6 +89,7 @@ class RaggedKV:
         param_index: Tensor | None = None,
         ledger: Ledger | None = None,
         num_layers: int = 1,
+        softcap: float = 0.0,
     ) -> None:
         device = torch.device(device)
         self.policy = policy
@@ -95,6 +97,7 @@ class RaggedKV:
         self.batch_size = batch_size
         self.num_kv_heads = num_kv_heads
         self.softmax_scale = softmax_scale
+        self.softcap = softcap
         self.layer_idx = layer_idx
         self.param_index = (
             torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -212,7 +215,7 @@ class RaggedKV:
         lse = self.lse_window.new_empty(q.shape[:3])
         ops.attend_(
             out, lse, q, self.store.segments, piece.first, piece.num_new, piece.pos_first,
-            softmax_scale=self.softmax_scale,
+            softmax_scale=self.softmax_scale, softcap=self.softcap,
         )  # fmt: skip
         if sink_logits is not None:
             _add_sink(out, lse, piece, sink_logits)
@@ -242,6 +245,7 @@ class RaggedKV:
             segments=segments,
             window=Window(self.q_window, self.lse_window, due.pos_q, due.active),
             softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
             layer_idx=self.layer_idx,
             num_kv_heads=self.num_kv_heads,
             param_index=self.param_index,
