@@ -68,19 +68,19 @@ bool fits_tensor_cores(const AttendParams& p) {
   return bits % 16 == 0 && out_bits % 4 == 0;
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kCapped = false>
 Status launch_mma(const AttendParams& p, const Partials& partials, const Launch& config) {
   if (splits_keys(p)) {
     using Shape = DecodeShape<kHeadDim>;
     const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity)),
                     static_cast<unsigned>(ceil_div(packed_rows(p), Shape::kRows)));
-    return launch(attend_decode_kernel<T, kHeadDim>, grid, dim3(Shape::kThreads),
+    return launch(attend_decode_kernel<T, kHeadDim, kCapped>, grid, dim3(Shape::kThreads),
                   Shape::kSharedBytes, config.stream, p, partials);
   }
   using Shape = PrefillShape<kHeadDim>;
   const auto row_tiles = static_cast<int>(ceil_div(packed_rows(p), Shape::kRows));
   const auto segments = static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads);
-  return launch(attend_prefill_kernel<T, kHeadDim>, dim3(segments * row_tiles),
+  return launch(attend_prefill_kernel<T, kHeadDim, kCapped>, dim3(segments * row_tiles),
                 dim3(Shape::kThreads), Shape::kSharedBytes, config.stream, p, row_tiles);
 }
 
@@ -107,6 +107,9 @@ Status launch_typed(const AttendParams& p, const Partials& partials, const Launc
     status = launch_simt<T>(p, partials, config);
   } else if (config.path == Path::kSimt || !fits_tensor_cores(p)) {
     status = launch_simt<T>(p, partials, config);
+  } else if (p.softcap > 0.0f) {  // rare: two sizes do, by padding
+    status = dim <= 128 ? launch_mma<T, 128, true>(p, partials, config)
+                        : launch_mma<T, 256, true>(p, partials, config);
   } else if (dim <= 64) {
     status = launch_mma<T, 64>(p, partials, config);
   } else if (dim <= 96) {

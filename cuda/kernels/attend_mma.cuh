@@ -122,7 +122,7 @@ struct RowState {
 
 // Adds keys [key, key + kKeys) of the tiles k and v to the state of a warp's 16 rows. get_a(a,
 // step) provides the queries. limit: number of keys of the tile that each of the two rows sees.
-template <class T, int kHeadDim, int kKeys, class GetA>
+template <bool kCapped, class T, int kHeadDim, int kKeys, class GetA>
 NAMM_DEVICE void attend_tile(RowState<kHeadDim>& state, const GetA& get_a, SharedAddress k,
                              SharedAddress v, int key, float scale_log2, SoftCap cap, bool masked,
                              const int32_t (&limit)[2]) {
@@ -153,7 +153,7 @@ NAMM_DEVICE void attend_tile(RowState<kHeadDim>& state, const GetA& get_a, Share
     }
   }
 
-  if (cap.any()) {
+  if constexpr (kCapped) {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -212,7 +212,7 @@ NAMM_DEVICE void attend_tile(RowState<kHeadDim>& state, const GetA& get_a, Share
   }
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kCapped>
 __global__ __launch_bounds__(PrefillShape<kHeadDim>::kThreads) void attend_prefill_kernel(
     const __grid_constant__ AttendParams p, int row_tiles) {
   using Shape = PrefillShape<kHeadDim>;
@@ -287,9 +287,9 @@ __global__ __launch_bounds__(PrefillShape<kHeadDim>::kThreads) void attend_prefi
     const SharedAddress k_tile = kv_tiles + tile % Shape::kStages * 2 * Shape::kTileBytes;
     const int32_t key = tile * Shape::kKeys;
     const int32_t limit[2] = {row_seen[0] - key, row_seen[1] - key};
-    attend_tile<T, kHeadDim, Shape::kKeys>(state, get_a, k_tile, k_tile + Shape::kTileBytes, 0,
-                                           scale_log2, cap, key + Shape::kKeys > seen_by_all,
-                                           limit);
+    attend_tile<kCapped, T, kHeadDim, Shape::kKeys>(state, get_a, k_tile,
+                                                    k_tile + Shape::kTileBytes, 0, scale_log2, cap,
+                                                    key + Shape::kKeys > seen_by_all, limit);
   }
   state.finish();
 
@@ -309,7 +309,7 @@ __global__ __launch_bounds__(PrefillShape<kHeadDim>::kThreads) void attend_prefi
   }
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kCapped>
 __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode_kernel(
     const __grid_constant__ AttendParams p, const Partials partials) {
   using Shape = DecodeShape<kHeadDim>;
@@ -380,9 +380,9 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
     cp_async_commit();
     const int32_t key = chunk.begin + tile * Shape::kKeys;
     const int32_t limit[2] = {row_seen[0] - key, row_seen[1] - key};
-    attend_tile<T, kHeadDim, 16>(state, get_a, stage_of(tile), stage_of(tile) + Shape::kTileBytes,
-                                 warp * 16, scale_log2, cap,
-                                 key + Shape::kKeys > min(seen_by_all, chunk.end), limit);
+    attend_tile<kCapped, T, kHeadDim, 16>(
+        state, get_a, stage_of(tile), stage_of(tile) + Shape::kTileBytes, warp * 16, scale_log2,
+        cap, key + Shape::kKeys > min(seen_by_all, chunk.end), limit);
   }
   state.finish();
 

@@ -21,10 +21,10 @@ Status launch_simt(const Window& w, const Output& o, const Launch& launch) {
                      o.period_decay, o.first_row);
 }
 
-template <class T, int kHeadDim, bool kReceived>
+template <class T, int kHeadDim, bool kReceived, bool kCapped = false>
 Status launch_mma(const Window& w, const Output& o, const Launch& launch) {
   using Tile = WindowTile<kHeadDim>;
-  return gpu::launch(window_mma_kernel<T, kHeadDim, kReceived>,
+  return gpu::launch(window_mma_kernel<T, kHeadDim, kReceived, kCapped>,
                      num_tiles(w.seg, launch.capacity, Tile::kKeys), kMmaThreads,
                      Tile::kSharedBytes, launch.stream, w, o.state, o.out, o.frame_decay,
                      o.period_decay, o.first_row);
@@ -41,6 +41,10 @@ bool mma_applies(const Window& w) {
 template <class T, bool kReceived>
 Status launch_16_bit(const Window& w, const Output& o, const Launch& launch) {
   if (launch.path == Path::kAuto && mma_applies(w)) {
+    if (w.softcap > 0.0f) {  // rare: two sizes do, by padding
+      return w.head_dim <= 128 ? launch_mma<T, 128, kReceived, true>(w, o, launch)
+                               : launch_mma<T, 256, kReceived, true>(w, o, launch);
+    }
     if (w.head_dim <= 64) return launch_mma<T, 64, kReceived>(w, o, launch);
     if (w.head_dim <= 96) return launch_mma<T, 96, kReceived>(w, o, launch);
     if (w.head_dim <= 128) return launch_mma<T, 128, kReceived>(w, o, launch);

@@ -68,7 +68,7 @@ NAMM_DEVICE void next_stage(Stage& stage, int num_parts) {
   }
 }
 
-template <class T, int kHeadDim, bool kReceived>
+template <class T, int kHeadDim, bool kReceived, bool kCapped>
 __global__ void __launch_bounds__(kMmaThreads, 2)
     window_mma_kernel(const __grid_constant__ Window w, const float* state, float* out,
                       float frame_decay, float period_decay, int first_row) {
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2)
             mma_m16n8k16<T>(s[mt][1], k_frag[mt][step], frag[2], frag[3]);
           }
         }
-        if (cap.any()) {
+        if constexpr (kCapped) {
 #pragma unroll
           for (int mt = 0; mt < kMTiles; ++mt) {
 #pragma unroll

@@ -162,7 +162,7 @@ FAULTS = [
         ("ring-runs-over", "stage.slot + 1 < kStages", "stage.slot + 1 <= kStages"),
         ("key-padding-read", "live && first < num_words", "live"),
         ("query-padding-read", "real[j] = chunk * 8 < w.head_dim;", "real[j] = true;"),
-        ("cap-forgotten", "if (cap.any()) {", "if (false) {"),
+        ("cap-forgotten", "if constexpr (kCapped) {", "if constexpr (false) {"),
         ("bin-16-lost", "if (c == 0) target[16]", "if (c == 1) target[16]"),
     ),
     *_faults(
@@ -216,7 +216,7 @@ FAULTS = [
     ),
     *_faults(
         "attend", "attend_mma.cuh", [*DECODE, *PREFILL],
-        ("cap-forgotten", "if (cap.any()) {", "if (false) {"),
+        ("cap-forgotten", "if constexpr (kCapped) {", "if constexpr (false) {"),
         ("swizzle-of-reader", "(vector ^ (row & 7)) << 4", "(vector ^ (threadIdx.x & 7)) << 4"),
         ("keys-crossed", "mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);",
          "mma_m16n8k16<T>(s[2 * n], a, b[0], b[2]);"),
