@@ -119,6 +119,7 @@ class DenseOracle:
     ) -> None:  # fmt: skip
         self.n_up, self.score, self.select = n_up, score, select
         self.memories = memories
+        self.owners: dict[int, int] = {}  # of layers that read another one's keys
         self.layers: dict[int, OracleLayer] = {}
 
     def attention(
@@ -131,6 +132,9 @@ class DenseOracle:
         _, num_heads, new, dim = query.shape
         _, h, total, _ = key.shape
         scale = dim**-0.5 if scaling is None else scaling
+        owner = self.owners.get(module.layer_idx)
+        if owner is not None:
+            return self._read(self.layers[owner], query, key, value, scale, softcap), None
         layer = self._grow(module.layer_idx, h, total, query.dtype)
         layer.keys, layer.values = key[0], value[0]
         asked = query[0].unflatten(0, (h, num_heads // h))
@@ -153,6 +157,27 @@ class DenseOracle:
                 )
                 layer.updates.append((scores, layer.alive.clone()))
         return out, None
+
+    def _read(
+        self, layer: OracleLayer, query: Tensor, key: Tensor, value: Tensor, scale: float,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """A layer without keys: each query sees what its owner's query at its place saw."""
+        h, total = key.shape[1], key.shape[2]
+        new = query.shape[2]
+        q = query[0].unflatten(0, (h, query.shape[1] // h))
+        out = query.new_zeros(1, new, query.shape[1], value.shape[-1])
+        for i in range(new):
+            t = total - new + i
+            alive = torch.ones(h, t + 1, dtype=torch.bool)
+            for number, (_, after) in enumerate(layer.updates, start=1):
+                if number * self.n_up <= t:
+                    alive[:, : number * self.n_up] = after[:, : number * self.n_up]
+            logits = torch.einsum("hgd,htd->hgt", q[:, :, i], key[0, :, : t + 1]) * scale
+            logits = bounded(logits, softcap).masked_fill(~alive[:, None], -torch.inf)
+            p = logits.softmax(-1)
+            out[0, i] = torch.einsum("hgt,htd->hgd", p, value[0, :, : t + 1]).flatten(0, 1)
+        return out
 
     def _grow(self, index: int, h: int, total: int, dtype: torch.dtype) -> OracleLayer:
         old = self.layers.get(index)

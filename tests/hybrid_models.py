@@ -22,6 +22,12 @@ _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _SLIDING: dict[str, Any] = {
     "sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
 }  # fmt: skip
+#: The last three layers read the keys of the third and fourth.
+_SHARED: dict[str, Any] = {
+    "num_hidden_layers": 7, "num_kv_shared_layers": 3, "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + [
+        "sliding_attention", "full_attention", "full_attention"],
+}  # fmt: skip
 
 HYBRIDS: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: transformers.Qwen3NextConfig(
@@ -78,6 +84,15 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     ),
     "vaultgemma": lambda: transformers.VaultGemmaConfig(
         **{**_SIZES, **_SLIDING}, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.5,
+    ),
+    "gemma3n_shared": lambda: transformers.Gemma3nTextConfig(
+        **{**_SIZES, **_SHARED, "intermediate_size": [48] * 7}, head_dim=8,
+        vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 7,
+    ),
+    "gemma4_shared": lambda: transformers.Gemma4TextConfig(
+        **{**_SIZES, **_SHARED}, head_dim=8, global_head_dim=8, vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,

@@ -54,7 +54,9 @@ def test_evicting_equals_dense_oracle(name):
     model, ids = build_hybrid(name), tokens(1, 75)
     policy = evicting_policy(budget=9)
     cache = NAMMCache(model, policy)
-    oracle = namm_oracle(policy, {layer.layer_idx for layer in cache.memory_layers})
+    readers = {r: x.layer_idx for x in cache.memory_layers for r in x.readers}
+    oracle = namm_oracle(policy, {layer.layer_idx for layer in cache.memory_layers} | {*readers})
+    oracle.owners = readers
     want = oracle_logits(model, oracle, ids)
     torch.testing.assert_close(feed(model, cache, ids, (0, 75)), want, atol=1e-9, rtol=1e-9)
     for layer in cache.memory_layers:
@@ -91,7 +93,7 @@ def test_sinks_take_their_part_of_what_is_received():
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1", "gpt_oss", "gemma2"]
+    "name", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1", "gpt_oss", "gemma2", "gemma4_shared"]
 )
 def test_a_cache_goes_on_from_its_file(name, tmp_path):
     model, ids = build_hybrid(name), tokens(2, 75)
@@ -121,7 +123,7 @@ def test_rows_and_another_batch(name):
     torch.testing.assert_close(feed(model, cache, ids[:1], (0, 40)), fresh, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "llama4", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("name", ["lfm2", "llama4", "gpt_oss", "gemma2", "gemma4_shared"])
 def test_tokens_are_taken_back(name):
     model, ids = build_hybrid(name), tokens(2, 75)
     cache = NAMMCache(model, StreamingLLM(8, 16))
@@ -160,7 +162,7 @@ def stop(*_):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize(
-    "name", ["qwen3_5", "lfm2", "granite_4_h", "falcon_h1", "gpt_oss", "gemma2"]
+    "name", ["qwen3_5", "lfm2", "granite_4_h", "falcon_h1", "gpt_oss", "gemma2", "gemma4_shared"]
 )
 def test_a_failed_call_is_undone_or_refused(name, layer, when):
     model, ids = build_hybrid(name), tokens(2, 75)
@@ -342,3 +344,65 @@ def test_bounded_logits_are_those_of_the_eager_model(name):
         free = model(ids, attention_mask=mask).logits[real]
     torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-5)
     assert float((free - want).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gemma3n_shared", "gemma4_shared"])
+@torch.no_grad()
+def test_layers_that_read_what_another_remembers(name):
+    """However a call is cut, in batches with padding, also where only the last logits are wanted;
+    and nothing is held for readers that have read."""
+    model, ids = build_hybrid(name), tokens(2, 75)
+    mask = torch.ones(2, 75, dtype=torch.long)
+    mask[0, :9] = 0
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    alone = NAMMCache(model, evicting_policy(budget=9))
+    want = model(ids[:1, 9:], past_key_values=alone).logits
+    for cuts in ((0, 75), CUTS):
+        cache = NAMMCache(model, evicting_policy(budget=9))
+        logits = torch.cat(
+            [
+                model(
+                    ids[:, a:b],
+                    attention_mask=mask[:, :b],
+                    position_ids=at[:, a:b],
+                    past_key_values=cache,
+                ).logits
+                for a, b in pairwise(cuts)
+            ],
+            dim=1,
+        )
+        torch.testing.assert_close(logits[:1, 9:], want, atol=1e-9, rtol=1e-9)
+        assert all(layer.replay is None for layer in cache.memory_layers)
+        owner = next(layer for layer in cache.memory_layers if layer.readers)
+        assert [positions(owner, 0), positions(owner, 1)] == [
+            positions(alone.memory_layer(owner.layer_idx), 0),
+            positions(owner, 1),
+        ]
+    for keep in (1, 5, 40):
+        cache = NAMMCache(model, evicting_policy(budget=9))
+        some = model(
+            ids, attention_mask=mask, position_ids=at, past_key_values=cache, logits_to_keep=keep
+        ).logits
+        torch.testing.assert_close(some[:, -1], logits[:, -1], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(some[:1], want[:, -keep:], atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_a_reader_holds_no_stores_of_a_long_call():
+    """Between the first and the last, positions alone."""
+    model, ids = build_hybrid("gemma4_shared"), tokens(1, 512)
+    cache = NAMMCache(model, StreamingLLM(32, n_up=16))
+    held = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            owner = cache.memory_layers[1]
+            if owner.replay is not None:
+                held.append(owner.replay.nbytes)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        model(ids, past_key_values=cache)
+    row = 2 * 2 * 8 * 8  # heads, k and v of 8 numbers in float64
+    assert max(held) <= (512 + 48) * row  # all of the call once, and the first store
+    assert cache.memory_layers[1].replay is None

@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..reference import soft_cap
+from .families import readers_of
 from .layer import NAME, TAG, NAMMLayer
 
 # Arguments of attention functions that change the result and that the kernels do not know.
@@ -57,6 +58,8 @@ def namm_mask(
         "mask_function": mask_function,
         **kwargs,
     }
+    # A mask left out means causality, which queries that are cut off would not know.
+    shared = bool(readers_of(kwargs["config"])) if kwargs.get("config") is not None else False
     if q_length == kv_length and q_offset == kv_offset:
         # A single token sees itself whatever is laid over: no look at the device while decoding.
         plain = q_length == 1 or (mask_function is causal_mask_function and allow_is_causal_skip)
@@ -65,9 +68,14 @@ def namm_mask(
             whole = sdpa_mask(**sizes, attention_mask=None, allow_is_causal_skip=False)
             plain = whole is not None and torch.equal(whole, whole.new_ones(whole.shape).tril())
         if plain:
+            if shared and attention_mask is not None:
+                # For the last logits alone such models cut the queries' dimension of four.
+                return attention_mask[:, None, None]
             return attention_mask
     return sdpa_mask(
-        **sizes, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip
+        **sizes,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and not shared,
     )
 
 
@@ -106,7 +114,7 @@ def namm_attention_forward(
             module, query, key, value, attention_mask, scaling, dropout, s_aux, softcap, **kwargs
         )
     # First: whatever is refused below, the keys have arrived.
-    layer.claim(module)
+    reader = layer.claim(module)
     if kwargs.get("use_cache") is False and layer.session.hears_use_cache:
         raise ValueError(
             "namm: use_cache must not be False with a NAMMCache, got False; generate would feed "
@@ -129,6 +137,12 @@ def namm_attention_forward(
         )
     if kwargs.get("is_causal") is False:
         raise ValueError("namm: attention must be causal, got is_causal=False")
+    if (
+        attention_mask is not None
+        and layer.session.has_readers
+        and attention_mask.shape[1:3] == (1, 1)
+    ):
+        attention_mask = attention_mask[:, 0, 0]  # as `namm_mask` made it
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "namm: attention_mask must be a 2-D padding mask; 4-D and bidirectional masks are not "
@@ -147,8 +161,11 @@ def namm_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
         out = torch.ops.namm_ext.layer_forward(
-            query, key, value, attention_mask, layer.handle, scale, s_aux, softcap or 0.0
-        )
+            query, key, value, attention_mask, layer.handle, scale, s_aux, softcap or 0.0,
+            -1 if reader is None else reader,
+        )  # fmt: skip
+    elif reader is not None:
+        out = layer.read(reader, query, key, value, scale, s_aux, softcap or 0.0)
     else:
         out = layer.forward(query, key, value, attention_mask, scale, s_aux, softcap or 0.0)
     return out, None

@@ -18,7 +18,7 @@ from ..policy.origin import say_if_foreign
 from ..ragged import lasting
 from ..report import LayerReport, Report
 from . import files
-from .families import decoder_config, passes_use_cache, stock_layers
+from .families import decoder_config, passes_use_cache, readers_of, stock_layers
 from .layer import NAMMLayer
 from .recurrent import RecurrentCache, has_memory, recurrent_part, refuse
 from .session import Session
@@ -93,8 +93,10 @@ class NAMMCache(RecurrentCache):
         if model is not None:
             session.model = weakref.ref(model)
             session.hears_use_cache = passes_use_cache(given)
+        readers = readers_of(config)
+        session.has_readers = bool(readers)
         for i in memories:
-            layers[i] = NAMMLayer(session, i)
+            layers[i] = NAMMLayer(session, i, readers.get(i, ()))
         super().__init__(layers=layers)
         self.session = session
 

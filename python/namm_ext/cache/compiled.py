@@ -36,9 +36,12 @@ def layer_forward(
     softmax_scale: float,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
+    reader: int = -1,
 ) -> Tensor:
-    """``NAMMLayer.forward`` of the layer behind ``handle``, opaque to torch.compile."""
+    """``NAMMLayer.forward`` of the layer behind ``handle``, or its ``read``, opaque."""
     layer = _LAYERS[int(handle)]
+    if reader >= 0:
+        return layer.read(reader, query, key, value, softmax_scale, sink_logits, softcap)
     return layer.forward(query, key, value, attention_mask, softmax_scale, sink_logits, softcap)
 
 
@@ -52,5 +55,6 @@ def _(
     softmax_scale: float,
     sink_logits: Tensor | None = None,
     softcap: float = 0.0,
+    reader: int = -1,
 ) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])

@@ -5,7 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import (
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    __version__,
+    cache_utils,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .recurrent import has_memory, recurrent_part
@@ -39,6 +45,19 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return decoder
 
 
+def readers_of(config: PreTrainedConfig) -> dict[int, tuple[int, ...]]:
+    """Layers without keys of their own, by the layer whose keys they read (Gemma 3n, Gemma 4)."""
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    if "reuse" not in modes:
+        return {}
+    kinds: list[str] = config.layer_types
+    owners = {kinds[i]: i for i, mode in enumerate(modes) if mode == "store"}
+    return {
+        owner: tuple(i for i, mode in enumerate(modes) if mode == "reuse" and kinds[i] == kind)
+        for kind, owner in owners.items()
+    }
+
+
 def stock_layers(config: PreTrainedConfig) -> list[Any]:
     """The layers of transformers' own cache for a decoder; a memory goes where one keeps all keys
     and values.
@@ -51,10 +70,11 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         raise ValueError(f"NAMMCache: {name!r} is not supported, {_PARTICULAR[name]}")
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(f"NAMMCache: multi-head latent attention is not supported, got {name!r}")
-    modes = getattr(config, "kv_sharing_modes", None) or ()
-    if "reuse" in modes or getattr(config, "num_kv_shared_layers", None):
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared and not any(readers_of(config).values()):
         raise ValueError(
-            f"NAMMCache: keys and values shared between layers are not supported, got {name!r}"
+            f"NAMMCache: of the layers of {name!r} the last {shared} share keys and values, which "
+            f"transformers {__version__} does not say of single layers; 5.24 does"
         )
     if getattr(config, "is_causal", True) is False:
         raise ValueError(f"NAMMCache: attention must be causal, got {name!r}")

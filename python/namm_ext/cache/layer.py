@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from ..ragged import RaggedKV
+from ..ragged import RaggedKV, Replay
 from ..transfer import waits
 from . import compiled
 from .recurrent import refuse
@@ -29,8 +29,10 @@ class NAMMLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, session: Session, layer_idx: int) -> None:
+    def __init__(self, session: Session, layer_idx: int, readers: tuple[int, ...] = ()) -> None:
         super().__init__()
+        self.readers = readers  # layers that read these keys and values and have none of their own
+        self.replay: Replay | None = None  # what the current call saw, until all have read it
         self.session = session
         self.layer_idx = layer_idx
         self.kv: RaggedKV | None = None
@@ -100,6 +102,7 @@ class NAMMLayer(CacheLayerMixin):
         self.kv = None
         self.padded = 0
         self.pending = False
+        self.replay = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -138,11 +141,14 @@ class NAMMLayer(CacheLayerMixin):
 
     # The attention function's side ---------------------------------------------------------------
 
-    def claim(self, module: nn.Module) -> None:
+    def claim(self, module: nn.Module) -> int | None:
         """Check that this module's attention is the one the pending tokens are meant for.
 
+        Returns:
+            The module's layer, if it only reads what this one remembers.
+
         Raises:
-            ValueError: for KV sharing between layers, or a cache of another model.
+            ValueError: for another layer, or a cache of another model.
         """
         config = getattr(module, "config", self.session.config)
         if config is not self.session.config:
@@ -150,12 +156,16 @@ class NAMMLayer(CacheLayerMixin):
                 "NAMMCache: the cache was made for another model; make one with "
                 "NAMMCache(model, policy)"
             )
-        if not self.pending or getattr(module, "layer_idx", self.layer_idx) != self.layer_idx:
+        layer_idx = getattr(module, "layer_idx", self.layer_idx)
+        if layer_idx in self.readers and not self.pending and self.replay is not None:
+            return int(layer_idx)
+        if not self.pending or layer_idx != self.layer_idx:
             raise ValueError(
-                f"NAMMCache: the keys of layer {self.layer_idx} are used more than once; models "
-                "that share keys and values between layers are not supported"
+                f"NAMMCache: the keys of layer {self.layer_idx} are used more than once, by layer "
+                f"{layer_idx}, and the model's configuration says nothing of it"
             )
         self.pending = False
+        return None
 
     def forward(
         self,
@@ -197,13 +207,51 @@ class NAMMLayer(CacheLayerMixin):
         kv.mark()
         self.padded = session.target
         together = waits(q.device)
-        out = kv.forward(q, k, v, pieces, sink_logits, leave_last=together)
+        replay = None
+        if self.readers:
+            if kv.overdue is not None:
+                kv.update(kv.overdue)
+            replay = Replay(kv.seen, kv.lengths)
+        out = kv.forward(q, k, v, pieces, sink_logits, leave_last=together, replay=replay)
+        self.replay = replay
         if together:
             session.stores.append(kv)
         if self.layer_idx == session.first:
             session.started()
         if self.layer_idx == session.last:
             session.commit()
+        return out
+
+    def read(
+        self,
+        reader: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sink_logits: Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """Attention of a layer that has no keys of its own: it sees what this one's queries saw.
+
+        Its queries do not count as attention received.
+
+        Args:
+            reader: the layer, one of ``readers``.
+            q: ``[B, Hq, L', D]``, of the newest L' columns of the call. k, v: the call's.
+
+        Returns:
+            ``[B, L', Hq, Dv]``.
+        """
+        assert self.kv is not None
+        assert self.replay is not None
+        out = self.replay.attend(
+            q, k, v, softmax_scale=scale, softcap=softcap, sink_logits=sink_logits
+        )
+        with self.kv.ledger.holding(self.replay.nbytes):
+            pass  # the moment at which most is held
+        if reader == self.readers[-1]:
+            self.replay = None
         return out
 
     def advance(self, seen: tuple[int, ...]) -> None:
@@ -256,5 +304,6 @@ class NAMMLayer(CacheLayerMixin):
         memo[id(self)] = new
         new.session = copy.deepcopy(self.session, memo)
         new.kv = copy.deepcopy(self.kv, memo)
+        new.replay = None
         new.handle = compiled.register(new)
         return new

@@ -36,6 +36,7 @@ class Session:
         ends: ``[B]`` tokens of each row up to the end of its text, where a mask has turned the
             last ones into padding and not every memory has gone back behind it yet.
         recording: whether updates can be undone.
+        has_readers: whether layers read the keys of others.
         hears_use_cache: whether attention is told the model's ``use_cache``.
         evicts: whether the policy decides; otherwise all tokens stay.
         stores: of layers in the current call whose updates wait for its end.
@@ -57,6 +58,7 @@ class Session:
         self.first, self.last = memories[0], memories[-1]  # layers with a memory
         self.num_memories = len(memories)
         self.evicts = self.hears_use_cache = True
+        self.has_readers = False
         self.sliding = sliding
         self.recurrent = Recurrent(recurrent, self.first, self.last)
         self.ledger = Ledger()

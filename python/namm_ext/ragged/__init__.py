@@ -18,6 +18,7 @@ layers of a model ask the same question, so it remembers its last answer.
 from .files import from_tensors, to_tensors
 from .ledger import Ledger
 from .planner import CARRY, Due, Piece, Planner, Runs
+from .replay import Replay
 from .store import ROLLBACK_TOKENS, RaggedKV
 from .together import update_together
 from .undo import Store, lasting
@@ -30,6 +31,7 @@ __all__ = [
     "Piece",
     "Planner",
     "RaggedKV",
+    "Replay",
     "Runs",
     "Store",
     "from_tensors",

@@ -15,6 +15,7 @@ from ..transfer import from_host
 from ..values import Segments, Window
 from .ledger import Ledger
 from .planner import CARRY, Due, Piece, Planner
+from .replay import Replay, attend_piece
 from .undo import Store, Version, choose, gather, lasting, without_tails
 
 #: A draft of up to this many tokens can be undone while ``recording``.
@@ -173,6 +174,7 @@ class RaggedKV:
         sink_logits: Tensor | None = None,
         *,
         leave_last: bool = False,
+        replay: Replay | None = None,
     ) -> Tensor:
         """Take in new tokens and attend to what the layer remembers.
 
@@ -182,6 +184,7 @@ class RaggedKV:
             sink_logits: ``[Hq]``, the logit of a column of each query head that takes its part of
                 the attention and has no value (GPT-OSS).
             leave_last: leave an update behind the last piece ``overdue``, for the caller to make.
+            replay: to be told what the queries of each piece could see.
 
         Returns:
             ``[B, L, Hq, Dv]``; zero in padding columns.
@@ -194,6 +197,8 @@ class RaggedKV:
         for piece in pieces:
             self.append(k, v, piece)
             self.attend(q, out, piece, sink_logits)
+            if replay is not None:
+                replay.saw(self.store.segments, piece)
             if piece.due is not None and not (leave_last and piece is pieces[-1]):
                 self.update(piece.due)
         return out
@@ -210,15 +215,10 @@ class RaggedKV:
         self, q: Tensor, out: Tensor, piece: Piece, sink_logits: Tensor | None = None
     ) -> None:
         """Attention of the piece's queries, into their columns of ``out``; fills the windows."""
-        if piece.columns is not None and piece.width != q.shape[2]:
-            q, out = q[:, :, piece.columns], out[:, piece.columns]
-        lse = self.lse_window.new_empty(q.shape[:3])
-        ops.attend_(
-            out, lse, q, self.store.segments, piece.first, piece.num_new, piece.pos_first,
-            softmax_scale=self.softmax_scale, softcap=self.softcap,
+        q, lse = attend_piece(
+            q, out, self.store.segments, piece, softmax_scale=self.softmax_scale,
+            softcap=self.softcap, sink_logits=sink_logits,
         )  # fmt: skip
-        if sink_logits is not None:
-            _add_sink(out, lse, piece, sink_logits)
         if self.q_window.shape[2]:
             ops.record_(
                 self.q_window, self.lse_window, q, lse, piece.first, piece.num_new, piece.pos_first
@@ -426,17 +426,3 @@ class RaggedKV:
         """Take this layer's bytes off the books; the store must not be used afterwards."""
         self.forget_past()
         self.ledger.add(-self.ledger.kv, -self.ledger.memory)
-
-
-def _add_sink(out: Tensor, lse: Tensor, piece: Piece, sink_logits: Tensor) -> None:
-    """What ``out`` and ``lse`` are if one more column of each head takes part in the softmax.
-
-    With the new ``lse``, whoever computes the attention again from it sees the same weights.
-    """
-    columns = torch.arange(out.shape[1], device=out.device)
-    first, stop = piece.first[:, None], (piece.first + piece.num_new)[:, None]
-    ours = ((columns >= first) & (columns < stop))[:, None]  # other columns are other pieces'
-    total = torch.logaddexp(lse, sink_logits.to(lse)[:, None])
-    part = (lse - total).exp().where(ours, 1.0)
-    out.mul_(part.transpose(1, 2).unsqueeze(-1))
-    lse.copy_(total.where(ours, lse))
