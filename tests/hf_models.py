@@ -280,6 +280,14 @@ def namm_oracle(policy: NAMM, memories: set[int] | None = None) -> DenseOracle:
     )
 
 
+def oracle_of(policy: NAMM, cache: Any) -> DenseOracle:
+    """The oracle of a NAMM on the layers that have a memory in ``cache``, and on their readers."""
+    owners = {reader: x.layer_idx for x in cache.memory_layers for reader in x.readers}
+    oracle = namm_oracle(policy, {x.layer_idx for x in cache.memory_layers} | {*owners})
+    oracle.owners = owners
+    return oracle
+
+
 def _with_sink(logits: Tensor, s_aux: Tensor | None) -> Tensor:
     """Softmax over the last of ``[H, G, ...]`` with one more column per head, left out again."""
     if s_aux is None:

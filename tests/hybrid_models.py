@@ -101,6 +101,16 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+def from_config(config: Any) -> Any:
+    """A model that float64 can run: grouped products of experts have none, and SDPA has no bound
+    of logits."""
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    exact = {"attn_implementation": "exact"} if capped else {}
+    return transformers.AutoModelForCausalLM.from_config(
+        config, experts_implementation="eager", **exact
+    )
+
+
 def build_hybrid(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A random model; the test is skipped where this transformers has none of the kind."""
     if not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
@@ -112,12 +122,7 @@ def build_hybrid(name: str, dtype: torch.dtype = torch.float64) -> Any:
     except AttributeError as error:
         pytest.skip(f"transformers {transformers.__version__}: {error}")
     torch.manual_seed(0)
-    # Grouped products of experts have no float64; SDPA has no bound of logits.
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, experts_implementation="eager",
-        **({"attn_implementation": "exact"} if capped else {}),
-    )  # fmt: skip
+    model = from_config(config)
     with torch.no_grad():
         for module in model.modules():
             if getattr(module, "sinks", None) is not None:

@@ -28,8 +28,8 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hf_models import COMMON, evicting_policy, namm_oracle, oracle_logits  # noqa: E402
-from hybrid_models import HYBRIDS  # noqa: E402
+from hf_models import COMMON, evicting_policy, oracle_logits, oracle_of  # noqa: E402
+from hybrid_models import HYBRIDS, from_config  # noqa: E402
 from namm_ext import NAMMCache, apply, remove  # noqa: E402
 from namm_ext.baselines import NeverEvict  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
@@ -72,6 +72,7 @@ SAME = {"granitemoehybrid": "granite_4_h"}
 def config_of(name: str, num_layers: int = 2) -> Any:
     """A tiny configuration of an architecture."""
     same = SAME.get(name, name if name in HYBRIDS else name.removesuffix("_text"))
+    same = f"{same}_shared" if f"{same}_shared" in HYBRIDS else same
     if same in HYBRIDS:
         return HYBRIDS[same]()
     kind = transformers.CONFIG_MAPPING[name]
@@ -126,10 +127,7 @@ def _judge(name: str, num_layers: int, **changes: Any) -> tuple[str, int, str, s
             size = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
         if size > LARGEST:
             return "not built", 0, "", f"{size:,} parameters with the sizes that are tried"
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, experts_implementation="eager"
-        )
-        model = model.double().eval()
+        model = from_config(config).double().eval()
         vocabulary = model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(3, min(vocabulary, 90), (1, CUTS[-1]))
         with torch.no_grad():
@@ -169,7 +167,7 @@ def _far_from_oracle(model: Any, ids: torch.Tensor) -> float:
     policy = evicting_policy(budget=9)
     memory = NAMMCache(model, policy)
     got = model(ids, past_key_values=memory, use_cache=True).logits
-    oracle = namm_oracle(policy, {layer.layer_idx for layer in memory.memory_layers})
+    oracle = oracle_of(policy, memory)
     remove(model)
     return float((got - oracle_logits(model, oracle, ids)).abs().max())
 

@@ -85,16 +85,16 @@ class NAMMCache(RecurrentCache):
         say_if_foreign(policy, config)
         memories = [i for i, layer in enumerate(layers) if has_memory(layer)]
         states = {i: recurrent_part(layer) for i, layer in enumerate(layers)}
+        readers = readers_of(config)
         session = Session(
             config, policy, param_index, memories,
             {i: x for i, x in enumerate(layers) if isinstance(x, DynamicSlidingWindowLayer)},
             {i: state for i, state in states.items() if state is not None},
+            [reader for i in memories for reader in readers.get(i, ())],
         )  # fmt: skip
         if model is not None:
             session.model = weakref.ref(model)
             session.hears_use_cache = passes_use_cache(given)
-        readers = readers_of(config)
-        session.has_readers = bool(readers)
         for i in memories:
             layers[i] = NAMMLayer(session, i, readers.get(i, ()))
         super().__init__(layers=layers)

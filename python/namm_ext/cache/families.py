@@ -71,10 +71,10 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(f"NAMMCache: multi-head latent attention is not supported, got {name!r}")
     shared = getattr(config, "num_kv_shared_layers", None)
-    if shared and not any(readers_of(config).values()):
+    if shared and not readers_of(config):
         raise ValueError(
-            f"NAMMCache: of the layers of {name!r} the last {shared} share keys and values, which "
-            f"transformers {__version__} does not say of single layers; 5.24 does"
+            f"NAMMCache: the last {shared} layers of {name!r} read keys of others, and "
+            f"transformers {__version__} does not say of which"
         )
     if getattr(config, "is_causal", True) is False:
         raise ValueError(f"NAMMCache: attention must be causal, got {name!r}")

@@ -252,6 +252,8 @@ class NAMMLayer(CacheLayerMixin):
             pass  # the moment at which most is held
         if reader == self.readers[-1]:
             self.replay = None
+        if reader == self.session.last:
+            self.session.commit()
         return out
 
     def advance(self, seen: tuple[int, ...]) -> None:

@@ -36,7 +36,8 @@ class Session:
         ends: ``[B]`` tokens of each row up to the end of its text, where a mask has turned the
             last ones into padding and not every memory has gone back behind it yet.
         recording: whether updates can be undone.
-        has_readers: whether layers read the keys of others.
+        has_readers: whether layers without keys read those of a memory.
+        last: the last layer that takes part in a call: with a memory, or a reader of one.
         hears_use_cache: whether attention is told the model's ``use_cache``.
         evicts: whether the policy decides; otherwise all tokens stay.
         stores: of layers in the current call whose updates wait for its end.
@@ -51,14 +52,15 @@ class Session:
         memories: list[int],
         sliding: dict[int, DynamicSlidingWindowLayer],
         recurrent: dict[int, Any],
+        readers: list[int],
     ) -> None:
         self.config = config
         self.policy = policy
         self.param_index = param_index
-        self.first, self.last = memories[0], memories[-1]  # layers with a memory
+        self.first, self.last = memories[0], max([memories[-1], *readers])
         self.num_memories = len(memories)
         self.evicts = self.hears_use_cache = True
-        self.has_readers = False
+        self.has_readers = bool(readers)
         self.sliding = sliding
         self.recurrent = Recurrent(recurrent, self.first, self.last)
         self.ledger = Ledger()
@@ -104,7 +106,7 @@ class Session:
                 self.end_recording()
 
     def commit(self) -> None:
-        """The last layer with a memory has taken the tokens."""
+        """The last layer has taken the tokens, or read those of a memory."""
         if any(kv.overdue is not None for kv in self.stores):
             update_together(self.stores, self._faults())
             self._unread = None
