@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from namm_ext import NAMM, Budget, NAMMConfig, reference
+from namm_ext.cache.latent import caches_latents
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -135,7 +136,9 @@ class DenseOracle:
         owner = self.owners.get(module.layer_idx)
         if owner is not None:
             return self._read(self.layers[owner], query, key, value, scale, softcap), None
-        layer = self._grow(module.layer_idx, h, total, query.dtype)
+        # Heads that are made of one latent live and die together.
+        parts = 1 if caches_latents(module.config) else h
+        layer = self._grow(module.layer_idx, parts, total, query.dtype)
         layer.keys, layer.values = key[0], value[0]
         asked = query[0].unflatten(0, (h, num_heads // h))
         layer.queries = torch.cat([layer.queries, asked], 2) if total > new else asked
@@ -145,10 +148,11 @@ class DenseOracle:
             q = query[0, :, i].view(h, num_heads // h, dim)
             logits = torch.einsum("hgd,htd->hgt", q, key[0, :, : t + 1]) * scale
             layer.alive[:, t] = True
-            logits = bounded(logits, softcap)
+            logits = bounded(logits, softcap).view(parts, -1, t + 1)
             logits = logits.masked_fill(~layer.alive[:, None, : t + 1], -torch.inf)
             p = _with_sink(logits, s_aux)
-            out[0, i] = torch.einsum("hgt,htd->hgd", p, value[0, :, : t + 1]).reshape(num_heads, -1)
+            seen = p.view(h, -1, t + 1)
+            out[0, i] = torch.einsum("hgt,htd->hgd", seen, value[0, :, : t + 1]).flatten(0, 1)
             layer.probs[:, t, : t + 1] = p.mean(1)
             if (t + 1) % self.n_up == 0:
                 scores = self.score(self, layer, module.layer_idx, t + 1)

@@ -22,6 +22,10 @@ _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _SLIDING: dict[str, Any] = {
     "sliding_window": 16, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
 }  # fmt: skip
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8, "v_head_dim": 12,
+}  # fmt: skip
 #: The last three layers read the keys of the third and fourth.
 _SHARED: dict[str, Any] = {
     "num_hidden_layers": 7, "num_kv_shared_layers": 3, "sliding_window": 16,
@@ -93,6 +97,17 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
     "gemma4_shared": lambda: transformers.Gemma4TextConfig(
         **{**_SIZES, **_SHARED}, head_dim=8, global_head_dim=8, vocab_size_per_layer_input=97,
         hidden_size_per_layer_input=8,
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**_SIZES, **_LATENT, "num_hidden_layers": 2}, **_MOE, n_routed_experts=4, n_group=1,
+        topk_group=1, first_k_dense_replace=1, n_shared_experts=1,
+    ),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(
+        **{**_SIZES, **_LATENT, "num_hidden_layers": 2}, **_MOE, n_routed_experts=4, n_group=1,
+        topk_group=1, first_k_dense_replace=1, n_shared_experts=1,
+    ),
+    "minicpm3": lambda: transformers.MiniCPM3Config(
+        **{**_SIZES, **_LATENT, "num_hidden_layers": 2}
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16,

@@ -145,7 +145,7 @@ def test_what_came_behind_an_end_is_gone(model, policy):
     assert all(t.isfinite().all() for t in chat.answer([5, 5, 5]))
 
 
-@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "gpt_oss", "gemma2", "gemma4_shared"])
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "gpt_oss", "gemma4_shared", "deepseek_v3"])
 def test_hybrids_equal_stock(name):
     model = build_hybrid(name)
     stock = Chat(model, DynamicCache(config=model.config))

@@ -45,14 +45,14 @@ MODELS = {
         lambda: transformers.MistralConfig(**COMMON, sliding_window=8),
         "NAMMCache: at least one layer must have full attention, in 'mistral' none has",
     ),
-    "mla": (
-        lambda: transformers.DeepseekV3Config(
+    "indexer": (
+        lambda: transformers.DeepseekV32Config(
             **{**COMMON, "num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8,
             qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4,
             num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
             first_k_dense_replace=2,
         ),
-        "NAMMCache: multi-head latent attention is not supported, got 'deepseek_v3'",
+        "NAMMCache: attention to what an indexer selects is not supported, got 'deepseek_v32'",
     ),
     "both_in_one": (
         lambda: transformers.ZambaConfig(

@@ -9,11 +9,15 @@ import pytest
 import torch
 from hf_models import evicting_policy, oracle_logits, oracle_of, positions, tokens
 from hybrid_models import HYBRIDS, build_hybrid
-from namm_ext import NAMMCache, apply, patch, remove
+from namm_ext import Budget, NAMMCache, NAMMConfig, apply, patch, remove
 from namm_ext.baselines import H2O, NeverEvict, StreamingLLM
+from namm_ext.cache.latent import caches_latents
+from namm_ext.fitting import FitConfig, Later, Text, fit
 from transformers import DynamicCache
 
 CUTS = (0, 40, 41, 60, 75)
+#: Sinks, bounded logits, readers of other layers, latents.
+OTHERS = ("gpt_oss", "gemma2", "gemma4_shared", "deepseek_v3")
 RECURRENT = ("qwen3_5", "granite_4_h", "nemotron_h", "falcon_h1")
 
 
@@ -37,7 +41,9 @@ def test_never_evict_equals_stock(name):
         memory = type(other).__name__ in kept
         assert type(layer).__name__ == ("NAMMLayer" if memory else type(other).__name__)
     report = cache.report()
-    assert report.full_bytes - report.sliding_bytes >= report.kv_bytes_live > 0
+    # A memory of latents holds them twice, as values and with their rotated parts as keys.
+    twice = 2 if caches_latents(model.config) else 1
+    assert twice * (report.full_bytes - report.sliding_bytes) >= report.kv_bytes_live > 0
     remove(model)
     mask = torch.ones(2, 75, dtype=torch.long)
     mask[0, :9] = 0
@@ -91,7 +97,17 @@ def test_sinks_take_their_part_of_what_is_received():
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1", "gpt_oss", "gemma2", "gemma4_shared"]
+    "name",
+    [
+        "qwen3_5",
+        "lfm2",
+        "nemotron_h",
+        "falcon_h1",
+        "gpt_oss",
+        "gemma2",
+        "gemma4_shared",
+        "deepseek_v3",
+    ],
 )
 def test_a_cache_goes_on_from_its_file(name, tmp_path):
     model, ids = build_hybrid(name), tokens(2, 75)
@@ -121,7 +137,9 @@ def test_rows_and_another_batch(name):
     torch.testing.assert_close(feed(model, cache, ids[:1], (0, 40)), fresh, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "llama4", "gpt_oss", "gemma2", "gemma4_shared"])
+@pytest.mark.parametrize(
+    "name", ["lfm2", "llama4", "gpt_oss", "gemma2", "gemma4_shared", "deepseek_v3"]
+)
 def test_tokens_are_taken_back(name):
     model, ids = build_hybrid(name), tokens(2, 75)
     cache = NAMMCache(model, StreamingLLM(8, 16))
@@ -163,6 +181,7 @@ def stop(*_):
     [
         *((n, i) for n in ("qwen3_5", "lfm2", "granite_4_h", "falcon_h1") for i in range(4)),
         *((n, i) for n in ("gpt_oss", "gemma2") for i in range(4)),
+        *(("deepseek_v3", i) for i in range(2)),
         *(("gemma4_shared", i) for i in range(7)),
     ],
 )
@@ -410,3 +429,61 @@ def test_a_reader_holds_no_stores_of_a_long_call():
     row = 2 * 2 * 8 * 8  # heads, k and v of 8 numbers in float64
     assert max(held) <= (512 + 48) * row  # all of the call once, and the first store
     assert cache.memory_layers[1].replay is None
+
+
+@torch.no_grad()
+def test_a_memory_of_latents(tmp_path):
+    """One head of latents for all query heads; bytes are counted against the stock cache's."""
+    model, ids = build_hybrid("deepseek_v3"), tokens(2, 80)
+    cache = NAMMCache(model, StreamingLLM(0.25, n_up=16))
+    model(ids, past_key_values=cache)
+    stock = DynamicCache(config=model.config)
+    model.set_attn_implementation("sdpa")
+    model(ids, past_key_values=stock)
+    held = sum(x.keys.nbytes + x.values.nbytes for x in stock.layers)
+    report = cache.report()
+    assert report.full_bytes == held
+    rank, rope = model.config.kv_lora_rank, model.config.qk_rope_head_dim
+    assert cache.layers[0].kv.store.segments.k.shape[1] == rank + rope
+    assert report.layers[0].kept == ((20,), (20,))
+    assert report.kv_bytes_live == 2 * 2 * 20 * (rank + rope + rank) * 8
+    path = tmp_path / "memory.safetensors"
+    cache.save(path)
+    remove(model)
+    loaded = NAMMCache.load(path, model, StreamingLLM(0.25, n_up=16))
+    later = tokens(2, 30, seed=1)
+    want, got = (model(later, past_key_values=c).logits for c in (cache, loaded))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_latents_in_16_bits_are_as_good_as_stock():
+    exact, ids = build_hybrid("deepseek_v3"), tokens(2, 80)
+    want = exact(ids).logits
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    stock = model(ids).logits
+    got = model(ids, past_key_values=NAMMCache(model, NeverEvict(n_up=16))).logits
+    ours, theirs = ((x.double() - want).pow(2).mean().sqrt() for x in (got, stock))
+    assert ours <= 1.5 * theirs
+
+
+@torch.no_grad()
+def test_weights_that_cannot_be_absorbed_are_refused():
+    model, ids = build_hybrid("deepseek_v3"), tokens(1, 20)
+    module = model.model.layers[1].self_attn
+    plain = module.kv_b_proj
+    module.kv_b_proj = torch.nn.Linear(plain.in_features, plain.out_features, dtype=torch.float64)
+    with pytest.raises(ValueError, match="kv_b_proj with plain weights and no bias, DeepseekV3"):
+        model(ids, past_key_values=NAMMCache(model, NeverEvict(n_up=16)))
+
+
+def test_latents_are_calibrated_and_fitted():
+    model = build_hybrid("deepseek_v3", torch.float32)
+    texts = [Text(tuple(row), (Later(tuple(row)),)) for row in tokens(3, 64).tolist()]
+    config = FitConfig(NAMMConfig(n_up=16, scorer="none"), budget=Budget(0.5, scope="global"))
+    policy = fit(model, texts, config).policy
+    assert policy.calibration.offsets.shape == (2, 1)  # layers, heads of latents
+    cache = NAMMCache(model, policy)
+    with torch.no_grad():
+        model(tokens(1, 64), past_key_values=cache)
+    assert cache.report().kept_fraction == pytest.approx(0.5, abs=0.02)

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..reference import soft_cap
 from .families import readers_of
+from .latent import absorbed, check_module, headed, waiting_layer
 from .layer import NAME, TAG, NAMMLayer
 
 # Arguments of attention functions that change the result and that the kernels do not know.
@@ -108,7 +109,7 @@ def namm_attention_forward(
     Raises:
         ValueError: for whatever would make the result silently wrong; says what.
     """
-    layer: NAMMLayer | None = getattr(key, TAG, None)
+    layer: NAMMLayer | None = getattr(key, TAG, None) or waiting_layer(module)
     if layer is None:
         return _stock_attention(
             module, query, key, value, attention_mask, scaling, dropout, s_aux, softcap, **kwargs
@@ -159,6 +160,11 @@ def namm_attention_forward(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    latents, layer.latents = layer.latents, None
+    if latents is not None:
+        check_module(module)
+        query, value = absorbed(module, query), latents[0].to(query.dtype)
+        key = torch.cat([latents[1].to(query.dtype), value], dim=-1)
     if torch.compiler.is_compiling():
         out = torch.ops.namm_ext.layer_forward(
             query, key, value, attention_mask, layer.handle, scale, s_aux, softcap or 0.0,
@@ -168,7 +174,7 @@ def namm_attention_forward(
         out = layer.read(reader, query, key, value, scale, s_aux, softcap or 0.0)
     else:
         out = layer.forward(query, key, value, attention_mask, scale, s_aux, softcap or 0.0)
-    return out, None
+    return out if latents is None else headed(module, out), None
 
 
 def _stock_attention(

@@ -16,9 +16,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ..policy import Policy
 from ..policy.origin import say_if_foreign
 from ..ragged import lasting
-from ..report import LayerReport, Report
+from ..report import Report
 from . import files
 from .families import decoder_config, passes_use_cache, readers_of, stock_layers
+from .latent import num_memory_heads
 from .layer import NAMMLayer
 from .recurrent import RecurrentCache, has_memory, recurrent_part, refuse
 from .session import Session
@@ -80,8 +81,7 @@ class NAMMCache(RecurrentCache):
         config = decoder_config(given if model is None else given.config)
         layers = stock_layers(config)
         if policy.calibration is not None:
-            heads = getattr(config, "num_key_value_heads", None)
-            policy.calibration.check_model(len(layers), heads)
+            policy.calibration.check_model(len(layers), num_memory_heads(config))
         say_if_foreign(policy, config)
         memories = [i for i, layer in enumerate(layers) if has_memory(layer)]
         states = {i: recurrent_part(layer) for i, layer in enumerate(layers)}
@@ -381,11 +381,7 @@ class NAMMCache(RecurrentCache):
 
         From the host's books: no device synchronisation.
         """
-        reports = [
-            LayerReport.of(layer.kv, layer.layer_idx, layer.padded)
-            for layer in self.memory_layers
-            if layer.kv is not None
-        ]
+        reports = [layer.report() for layer in self.memory_layers if layer.kv is not None]
         kept, live = (
             torch.tensor([[sum(row) for row in rows] for rows in part]).sum(dim=0)
             for part in ([r.kept for r in reports], [r.live for r in reports])
@@ -402,7 +398,7 @@ class NAMMCache(RecurrentCache):
         sliding = sliding_full = 0
         for layer in self.layers:
             if isinstance(layer, NAMMLayer) and layer.kv is not None:
-                layers.append(LayerReport.of(layer.kv, layer.layer_idx, layer.padded))
+                layers.append(layer.report())
             elif isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
                 assert layer.values is not None
                 held = layer.keys.nbytes + layer.values.nbytes

@@ -68,8 +68,10 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     name = config.model_type
     if name in _PARTICULAR:
         raise ValueError(f"NAMMCache: {name!r} is not supported, {_PARTICULAR[name]}")
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise ValueError(f"NAMMCache: multi-head latent attention is not supported, got {name!r}")
+    if getattr(config, "index_topk", None) is not None:
+        raise ValueError(
+            f"NAMMCache: attention to what an indexer selects is not supported, got {name!r}"
+        )
     shared = getattr(config, "num_kv_shared_layers", None)
     if shared and not readers_of(config):
         raise ValueError(

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ..ragged import RaggedKV, Replay
+from ..report import LayerReport
 from ..transfer import waits
 from . import compiled
+from .latent import caches_latents, num_memory_heads, wait_for_attention
 from .recurrent import refuse
 from .session import Session
 
@@ -38,6 +40,7 @@ class NAMMLayer(CacheLayerMixin):
         self.kv: RaggedKV | None = None
         self.padded = 0  # columns this layer has taken, those of a call that failed included
         self.pending = False
+        self.latents: tuple[Tensor, Tensor] | None = None  # of the call, if they are no keys yet
         self.handle = compiled.register(self)
 
     # transformers' side --------------------------------------------------------------------------
@@ -78,6 +81,10 @@ class NAMMLayer(CacheLayerMixin):
                 "start again with cache.reset()"
             )
         self.pending = True
+        rank = getattr(self.session.config, "kv_lora_rank", None)
+        if rank is not None and key_states.shape[1] == 1 and key_states.shape[3] == rank:
+            self.latents = key_states, value_states
+            wait_for_attention(self)
         setattr(key_states, TAG, self)
         return key_states, value_states
 
@@ -102,7 +109,7 @@ class NAMMLayer(CacheLayerMixin):
         self.kv = None
         self.padded = 0
         self.pending = False
-        self.replay = None
+        self.replay = self.latents = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -256,6 +263,13 @@ class NAMMLayer(CacheLayerMixin):
             self.session.commit()
         return out
 
+    def report(self) -> LayerReport:
+        """What the memory holds now."""
+        assert self.kv is not None
+        latents = caches_latents(self.session.config)
+        stock = self.kv.store.segments.k.shape[1] if latents else None
+        return LayerReport.of(self.kv, self.layer_idx, self.padded, stock)
+
     def advance(self, seen: tuple[int, ...]) -> None:
         """A token came in for every row, and the device knows already.
 
@@ -277,7 +291,7 @@ class NAMMLayer(CacheLayerMixin):
                 f"and returned sequences included), got {index.numel()}"
             )
         # Heads are counted here and not in the config: tensor parallelism splits them.
-        heads = getattr(self.session.config, "num_key_value_heads", None)
+        heads = num_memory_heads(self.session.config)
         if heads is not None and k.shape[1] < heads and self.session.policy.couples_heads:
             raise ValueError(
                 f"NAMMCache: a process holds {k.shape[1]} of {heads} KV heads, so the policy must "
@@ -306,6 +320,6 @@ class NAMMLayer(CacheLayerMixin):
         memo[id(self)] = new
         new.session = copy.deepcopy(self.session, memo)
         new.kv = copy.deepcopy(self.kv, memo)
-        new.replay = None
+        new.replay = new.latents = None
         new.handle = compiled.register(new)
         return new
