@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,22 +26,27 @@ def bench(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module
 
 
-def run(*command: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    result = subprocess.run(
-        [sys.executable, *command],
-        cwd=BENCH,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a script of ``bench/`` as Python does, on one thread; what it prints."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.chdir(BENCH)
+    torch.set_num_threads(1)
+
+    def script(*command: str) -> str:
+        monkeypatch.setattr(sys, "argv", list(command))
+        try:
+            runpy.run_path(str(BENCH / command[0]), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, capsys.readouterr()
+        return capsys.readouterr().out
+
+    yield script
+    torch.set_num_threads(threads)
 
 
-def test_ratios(tmp_path: Path) -> None:
+def test_ratios(run, tmp_path: Path) -> None:
     output = run("ratios.py", "--quick", "--json", str(tmp_path / "r.json"))
     report = json.loads((tmp_path / "r.json").read_text())
     names = [row["case"] for row in report["rows"]]
@@ -105,14 +111,14 @@ def test_every_op_has_a_case(bench) -> None:
         cases.make("fft", 64, "bundled", "fp32")
 
 
-def test_gate_benchmark() -> None:
+def test_gate_benchmark(run) -> None:
     lines = run("bench_gate.py", "--keys", "64").splitlines()
     assert [line.split()[1] for line in lines[2:]] == [
         "gate-smollm2-N64-fp32", "gate-smollm2-N64-bf16",
     ]  # fmt: skip
 
 
-def test_decode_cost(tmp_path: Path) -> None:
+def test_decode_cost(run, tmp_path: Path) -> None:
     out = tmp_path / "d.json"
     run("decode_cost.py", "--layers", "2", "--steps", "3", "--rounds", "2", "--json", str(out))
     rows = json.loads(out.read_text())["rows"]
@@ -120,7 +126,7 @@ def test_decode_cost(tmp_path: Path) -> None:
     assert all(row["NAMMCache"] > 0 and row["DynamicCache"] > 0 for row in rows)
 
 
-def test_cuda_benchmark(bench, tmp_path: Path) -> None:
+def test_cuda_benchmark(run, tmp_path: Path) -> None:
     run("bench_cuda.py", "--smoke", "--out", str(tmp_path / "c.json"))
     report = json.loads((tmp_path / "c.json").read_text())
     assert {row["op"] for row in report["rows"]} == {
@@ -194,7 +200,7 @@ def test_share_of_scores_that_are_done_again(bench) -> None:
     assert share == 156 / 320
 
 
-def test_end_to_end_benchmark(tmp_path: Path) -> None:
+def test_end_to_end_benchmark(run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     run("bench_e2e_cuda.py", "--smoke", "--out", str(tmp_path / "e.json"))
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
@@ -215,7 +221,7 @@ def test_size_of_a_full_cache(bench) -> None:
     assert num_bytes == 128 << 30  # more than an 80 GB card has
 
 
-def test_real_model_benchmark(tmp_path: Path) -> None:
+def test_real_model_benchmark(run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "m.json"
     run(

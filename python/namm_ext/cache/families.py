@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .recurrent import has_memory, recurrent_part
+from .versions import recording
 
 # Layers without attention, which store nothing; only newer versions of transformers have them.
 _Dummy: Any = getattr(cache_utils, "DummyLayer", None)
@@ -83,7 +84,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         raise ValueError(
             f"NAMMCache: at least one layer must have full attention, in {name!r} none has"
         )
-    return layers
+    return [recording(layer) for layer in layers]
 
 
 def passes_use_cache(model: PreTrainedModel) -> bool:

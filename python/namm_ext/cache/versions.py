@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import __version__
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
 def check_version(version: str) -> None:
@@ -23,6 +25,41 @@ def cache_keyword(model: nn.Module) -> str:
     "past_key_values"."""
     known = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in known else "past_key_values"
+
+
+class _RecordingLayer(DynamicSlidingWindowLayer):
+    """A sliding layer that can go back behind its window, as they all can later on."""
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.record_past:
+            self.keys, self.values = keys, values
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest ``-tokens_to_remove`` tokens and what was only recorded."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.cumulative_length += tokens_to_remove
+        stop = self.keys.shape[-2] + tokens_to_remove
+        kept = slice(max(stop - self.sliding_window + 1, 0), stop)
+        self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]
+
+
+def recording(layer: Any) -> Any:
+    """A new sliding layer of transformers, able to record its past (before 5.16 it is not)."""
+    if type(layer) is not DynamicSlidingWindowLayer or hasattr(layer, "record_past"):
+        return layer
+    return _RecordingLayer(layer.sliding_window)
 
 
 check_version(__version__)
