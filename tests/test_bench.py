@@ -39,7 +39,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         try:
             runpy.run_path(str(BENCH / command[0]), run_name="__main__")
         except SystemExit as end:
-            assert not end.code, capsys.readouterr()
+            if end.code:
+                pytest.fail(str(capsys.readouterr()))
         return capsys.readouterr().out
 
     yield script

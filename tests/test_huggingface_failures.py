@@ -47,7 +47,7 @@ class Sequence:
         mask = self.mask[:, :b]
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, a:b]
         return self.model(
-            self.ids[:, a:b], attention_mask=mask, position_ids=position_ids, cache=cache
+            self.ids[:, a:b], attention_mask=mask, position_ids=position_ids, past_key_values=cache
         ).logits
 
     def state(self, cache):

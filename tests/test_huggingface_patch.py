@@ -13,7 +13,7 @@ import transformers
 from hf_models import FAMILIES, build, evicting_policy, tokens
 from namm_ext import NAMMCache, apply, patch, remove
 from namm_ext.baselines import H2O, NeverEvict, StreamingLLM
-from namm_ext.cache import borrow
+from namm_ext.cache import borrow, cache_keyword
 
 POLICIES = [
     evicting_policy(budget=10),
@@ -128,7 +128,7 @@ def test_an_instance_that_had_a_generate_gets_it_back(model):
     with patch(model, POLICIES[0]):
         greedy(model, ids)
     assert model.generate is generate
-    assert isinstance(calls[0]["cache"], NAMMCache)
+    assert isinstance(calls[0][cache_keyword(model)], NAMMCache)
 
 
 def test_a_generate_put_over_ours_stays(model):
@@ -225,7 +225,7 @@ def test_layers_made_by_threads_have_handles_of_their_own(model):
 def test_borrowing_gives_back_what_was_there(model):
     ids = tokens(1, 40)
     with borrow(model), torch.no_grad():
-        model(ids, cache=NAMMCache(model, POLICIES[0]))
+        model(ids, past_key_values=NAMMCache(model, POLICIES[0]))
     assert is_clean(model)
     with borrow(model, "eager"):
         assert model.config._attn_implementation == "eager"
@@ -298,7 +298,7 @@ def test_attention_weights_are_warned_about(model):
 def test_a_cache_given_to_generate_without_caching_is_refused(model):
     cache = NAMMCache(model, POLICIES[1])
     with pytest.raises(ValueError, match="namm: use_cache must not be False with a NAMMCache"):
-        greedy(model, tokens(1, 5), cache=cache, use_cache=False)
+        greedy(model, tokens(1, 5), past_key_values=cache, use_cache=False)
     assert cache.get_seq_length() == 0
 
 

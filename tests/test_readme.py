@@ -24,12 +24,16 @@ def test_python_blocks_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("transformers")
+    from namm_ext.cache import cache_keyword
+
     monkeypatch.chdir(tmp_path)
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert blocks
     names: dict[str, object] = {"__name__": "readme"}
     for block in blocks:
+        if "model" in names:  # as the page says
+            block = block.replace("cache=cache", f"{cache_keyword(names['model'])}=cache")
         exec(compile(block, page, "exec"), names)
     assert "of the full cache" in capsys.readouterr().out  # the report of the first block
 

@@ -10,13 +10,17 @@ from transformers import __version__
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def check_version(version: str) -> None:
     """Refuse versions of transformers whose caches and masks have another interface.
 
     Raises:
         ImportError: before 5.4, where masks and caches are still told ``cache_position``.
     """
-    if tuple(int(part) for part in version.split(".")[:2]) < (5, 4):
+    if _numbers(version) < (5, 4):
         raise ImportError(f"namm_ext: transformers must be at least 5.4, got {version}")
 
 
@@ -25,6 +29,21 @@ def cache_keyword(model: nn.Module) -> str:
     "past_key_values"."""
     known = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in known else "past_key_values"
+
+
+def rereads(seen: int, version: str = __version__) -> str:
+    """What to add to an error about masks where ``generate`` itself may have made the wrong one.
+
+    Args:
+        seen: columns that the cache has.
+        version: of transformers.
+    """
+    if not seen or _numbers(version) >= (5, 17):
+        return ""
+    return (
+        f"; with prefill_chunk_size, generate of transformers {version} reads what the cache has "
+        "seen once more: leave it out for this turn, or upgrade to 5.17"
+    )
 
 
 class _RecordingLayer(DynamicSlidingWindowLayer):
