@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .recurrent import has_memory, recurrent_part
-from .versions import recording
+from .versions import VERSION, recording
 
 # Layers without attention, which store nothing; only newer versions of transformers have them.
 _Dummy: Any = getattr(cache_utils, "DummyLayer", None)
@@ -24,6 +24,8 @@ _PARTICULAR = {
     "jetmoe": "it changes keys between cache and attention",
     "minimax": "it needs a cache class of its own",
 }
+if VERSION < (5, 17):
+    _PARTICULAR["olmo_hybrid"] = "it needs a cache class of its own before transformers 5.17"
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -14,6 +14,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
+#: Of transformers, what decides: major and minor.
+VERSION = _numbers(__version__)
+
+
 def check_version(version: str) -> None:
     """Refuse versions of transformers whose caches and masks have another interface.
 
@@ -31,17 +35,16 @@ def cache_keyword(model: nn.Module) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
-def rereads(seen: int, version: str = __version__) -> str:
+def rereads(seen: int) -> str:
     """What to add to an error about masks where ``generate`` itself may have made the wrong one.
 
     Args:
         seen: columns that the cache has.
-        version: of transformers.
     """
-    if not seen or _numbers(version) >= (5, 17):
+    if not seen or VERSION >= (5, 17):
         return ""
     return (
-        f"; with prefill_chunk_size, generate of transformers {version} reads what the cache has "
+        f"; with prefill_chunk_size, generate of transformers {__version__} reads what the cache has "
         "seen once more: leave it out for this turn, or upgrade to 5.17"
     )
 
@@ -62,7 +65,9 @@ class _RecordingLayer(DynamicSlidingWindowLayer):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if self.record_past:
             self.keys, self.values = keys, values
-        return keys, values
+        # No more than the mask is for: generate crops only what it drafted in vain.
+        visible = slice(1 - self.sliding_window - key_states.shape[-2], None)
+        return keys[..., visible, :], values[..., visible, :]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` tokens and what was only recorded."""
