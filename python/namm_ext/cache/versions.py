@@ -44,13 +44,13 @@ def rereads(seen: int) -> str:
     if not seen or VERSION >= (5, 17):
         return ""
     return (
-        f"; with prefill_chunk_size, generate of transformers {__version__} reads what the cache has "
-        "seen once more: leave it out for this turn, or upgrade to 5.17"
+        f"; with prefill_chunk_size, generate of transformers {__version__} reads what the cache "
+        "has seen once more: leave it out for this turn, or upgrade to 5.17"
     )
 
 
 class _RecordingLayer(DynamicSlidingWindowLayer):
-    """A sliding layer that can go back behind its window, as they all can later on."""
+    """A sliding layer that can go back behind its window, as they all can from 5.24 on."""
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)
@@ -65,7 +65,7 @@ class _RecordingLayer(DynamicSlidingWindowLayer):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if self.record_past:
             self.keys, self.values = keys, values
-        # No more than the mask is for: generate crops only what it drafted in vain.
+        # Generate crops only what it drafted in vain.
         visible = slice(1 - self.sliding_window - key_states.shape[-2], None)
         return keys[..., visible, :], values[..., visible, :]
 
@@ -80,8 +80,11 @@ class _RecordingLayer(DynamicSlidingWindowLayer):
 
 
 def recording(layer: Any) -> Any:
-    """A new sliding layer of transformers, able to record its past (before 5.16 it is not)."""
-    if type(layer) is not DynamicSlidingWindowLayer or hasattr(layer, "record_past"):
+    """A new sliding layer of transformers, able to record its past over several calls.
+
+    Before 5.16 none is; later they show attention more than its mask is for.
+    """
+    if type(layer) is not DynamicSlidingWindowLayer or VERSION >= (5, 24):
         return layer
     return _RecordingLayer(layer.sliding_window)
 
