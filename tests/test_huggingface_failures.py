@@ -73,7 +73,7 @@ def gated(policy, config):
 
 
 KINDS = ("plain", "hybrid", "recurrent", "padded", "recording", "gated")
-PLACES = {"parts": (AroundParts, 11), "lines": (AtLines, 97)}
+PLACES = {"parts": (AroundParts, 9), "lines": (AtLines, 97)}
 
 
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
