@@ -9,11 +9,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from namm_ext import testing
+from namm_ext import testing, zoo
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -232,6 +233,46 @@ def test_real_model_benchmark(run, tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     assert [row["memory"] for row in rows] == ["full", "h2o", "bundled:stdlib-1m"]
     assert rows[0]["kept"] == 1.0 > rows[1]["kept"]
+
+
+def test_presses_go_on_with_their_file(bench, tmp_path: Path, monkeypatch) -> None:
+    check, asked = bench("kvpress_check"), []
+    names = {"first": 1, "second": 2, "third": 3}
+    monkeypatch.setattr(check, "version", lambda name: "0")
+    monkeypatch.setattr(check, "presses", lambda _: {k: partial(int, v) for k, v in names.items()})
+
+    def answers(model, press, reading):
+        asked.append(press)
+        if press == stop:
+            raise KeyboardInterrupt
+        return [press == 1, True]
+
+    monkeypatch.setattr(check, "answers", answers)
+    contexts, out = tmp_path / "contexts.json", tmp_path / "found.json"
+
+    def run(*options: str) -> dict:
+        command = ["kvpress_check.py", "ask", str(contexts), "--json", str(out), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        assert check.main() == 0
+        return json.loads(out.read_text())["presses"]
+
+    model = str(zoo.model_path("stdlib-1m"))
+    contexts.write_text(json.dumps({"model": model, "readings": [{"task": "table"}]}))
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert list(json.loads(out.read_text())["presses"]) == ["first"]
+    stop = None
+    found = run()
+    assert asked == [1, 2, 2, 3]
+    assert [found[name]["exact_match"] for name in names] == [1.0, 0.5, 0.5]
+    before = out.read_bytes()
+    with pytest.raises(SystemExit, match=r"other settings \(keep 0.25, now 0.5\); name another"):
+        run("--keep", "0.5")
+    contexts.write_text(contexts.read_text() + "\n")
+    with pytest.raises(SystemExit, match=r"other settings \(contexts_sha256 '"):
+        run()
+    assert out.read_bytes() == before
 
 
 @pytest.mark.skipif("cuda" in testing.devices(), reason="a GPU can run the real thing")

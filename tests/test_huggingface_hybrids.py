@@ -283,6 +283,12 @@ def test_a_state_of_inference_mode_goes_on(name):
     torch.testing.assert_close(feed(model, cache, ids, (40, 41, 75)), want, atol=1e-9, rtol=0)
 
 
+@pytest.mark.skipif(VERSION >= (5, 14), reason="there is one")
+def test_without_a_cache_for_states_hybrids_are_refused():
+    with pytest.raises(ValueError, match=r"'qwen3_5_text' has '.*'; transformers 5.* 5.14 has"):
+        NAMMCache(HYBRIDS["qwen3_5"](), NeverEvict())
+
+
 @pytest.mark.skipif(VERSION >= (5, 17), reason="it has transformers' own cache")
 def test_a_model_with_a_cache_class_of_its_own_is_refused():
     with pytest.raises(ValueError, match="'olmo_hybrid' is not supported, it needs a cache class"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import transformers
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -24,6 +25,9 @@ _PARTICULAR = {
     "jetmoe": "it changes keys between cache and attention",
     "minimax": "it needs a cache class of its own",
 }
+_MISSING = ""
+if not hasattr(cache_utils, "LinearAttentionLayer"):
+    _MISSING = f"; transformers {transformers.__version__} has no cache for a state, 5.14 has"
 if VERSION < (5, 17):
     _PARTICULAR["olmo_hybrid"] = "it needs a cache class of its own before transformers 5.17"
 
@@ -80,7 +84,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         if not known or not (served or recurrent):
             raise ValueError(
                 "NAMMCache: layers must have full, sliding or linear attention or a recurrent "
-                f"state, layer {i} of {name!r} has {kind or type(layer).__name__!r}"
+                f"state, layer {i} of {name!r} has {kind or type(layer).__name__!r}{_MISSING}"
             )
     if not any(map(has_memory, layers)):
         raise ValueError(

@@ -41,11 +41,11 @@ def rereads(seen: int) -> str:
     Args:
         seen: columns that the cache has.
     """
-    if not seen or VERSION >= (5, 17):
+    if not seen or VERSION >= (5, 20):
         return ""
     return (
         f"; with prefill_chunk_size, generate of transformers {__version__} reads what the cache "
-        "has seen once more: leave it out for this turn, or upgrade to 5.17"
+        "has seen once more: leave it out for this turn, or upgrade to 5.20"
     )
 
 
