@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
     """Tiny models are twice as fast on one thread; the kernels are tested on all there are."""
-    kernels = request.path.name.startswith(("test_ops", "test_ragged", "test_golden", "test_soak"))
+    kernels = request.path.name.startswith(("test_ops", "test_ragged", "test_golden"))
     torch.set_num_threads(THREADS if kernels else 1)
 
 

@@ -9,7 +9,7 @@ from hybrid_models import build_hybrid
 from namm_ext import NAMMCache
 from torch._dynamo.testing import CompileCounterWithBackend
 
-PROMPT, LENGTH = 40, 70
+PROMPT, LENGTH = 40, 52
 
 
 def run(forward, model, cache, ids, mask):

@@ -75,9 +75,11 @@ def test_pieces_do_not_matter(name):
         cache = NAMMCache(model, policy)
         feed(model, cache, ids, cuts)
         found.append([positions(layer, row) for layer in cache.memory_layers for row in (0, 1)])
-    stock = [feed(model, DynamicCache(config=model.config), ids, cuts) for cuts in ((0, 75), CUTS)]
-    if torch.allclose(*stock, atol=1e-9, rtol=0):  # some read differently in pieces
-        assert found[0] == found[1]
+    if found[0] != found[1]:  # only where stock itself reads differently in pieces
+        whole, cut = (
+            feed(model, DynamicCache(config=model.config), ids, c) for c in ((0, 75), CUTS)
+        )
+        assert not torch.allclose(cut, whole, atol=1e-6, rtol=0)
     assert min(len(head) for layer in found[0] for head in layer) < 40
 
 
