@@ -350,7 +350,7 @@ def test_floors_count_in_a_calibration():
 
 def test_fit_of_a_bundled_model_needs_no_code(bundled, tmp_path):
     model, tokenizer = bundled
-    texts = training_texts(tokenizer, length=320, count=4)
+    texts = training_texts(tokenizer, length=512, count=4)
     config = FitConfig(
         attention=AttentionFitConfig(rounds=1, steps=20, batch_size=8), attention_texts=2,
         calibration_texts=1,
@@ -363,7 +363,7 @@ def test_fit_of_a_bundled_model_needs_no_code(bundled, tmp_path):
     assert math.isfinite(found.report()["scorer_losses"][0])
     again = fit(model, texts, config)
     assert again.policy.fingerprint() == found.policy.fingerprint()
-    cache, _ = _run(model, found.policy.with_budget(size=80), texts[0].ids)
+    cache, _ = _run(model, found.policy.with_budget(size=128), texts[0].ids)
     assert cache.report().kept_fraction == pytest.approx(0.25, abs=0.01)
 
 
