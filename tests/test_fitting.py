@@ -352,7 +352,7 @@ def test_fit_of_a_bundled_model_needs_no_code(bundled, tmp_path):
     model, tokenizer = bundled
     texts = training_texts(tokenizer, length=512, count=4)
     config = FitConfig(
-        attention=AttentionFitConfig(rounds=1, steps=20, batch_size=8), attention_texts=2,
+        attention=AttentionFitConfig(rounds=1, steps=50, batch_size=8), attention_texts=2,
         calibration_texts=1,
     )  # fmt: skip
     steps = []

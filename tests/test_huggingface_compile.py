@@ -33,8 +33,8 @@ def run(forward, model, cache, ids, mask):
 @pytest.mark.parametrize(
     ("backend", "pad"),
     [
-        ("eager", 0),
         ("aot_eager", 7),
+        pytest.param("eager", 0, marks=pytest.mark.slow),
         pytest.param("eager", 7, marks=pytest.mark.slow),
         pytest.param("aot_eager", 0, marks=pytest.mark.slow),
         pytest.param("inductor", 0, marks=pytest.mark.slow),

@@ -314,8 +314,8 @@ def test_a_drafter_with_a_memory(model, tokens_drafted):
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
     with patch(model, POLICIES[0]) as memory, patch(assistant, POLICIES[1]) as drafts:
-        want = greedy(model, ids, max_new_tokens=60)
-        got = greedy(model, ids, max_new_tokens=60, assistant_model=assistant)
+        want = greedy(model, ids, max_new_tokens=50)
+        got = greedy(model, ids, max_new_tokens=50, assistant_model=assistant)
         assert torch.equal(got, want)
         assert drafts.cache.is_recording
         assert drafts.report().layers[0].num_updates > 3

@@ -166,7 +166,7 @@ class WindowMachine(CacheMachine):
 
 MACHINES = [CacheMachine, HybridMachine, WindowMachine]
 # Steps in all, of the slow test: 3 x 340 x 50.
-SIZES = [(8, 30), pytest.param((340, 50), marks=pytest.mark.slow)]
+SIZES = [(6, 24), pytest.param((340, 50), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["few", "many"])
