@@ -187,7 +187,7 @@ class _Call:
             )
         config: Any = self.given.get("generation_config")
         if self.is_draft and getattr(config, "cache_implementation", None) == "dynamic_full":
-            # Until 5.15 drafters ask for no sliding layers, so that they can be cropped.
+            # Before 5.17 drafters ask for no sliding layers, so that they can be cropped.
             config.cache_implementation = None
         implementation = self.get("cache_implementation")
         # "hybrid" was the default of checkpoints once; generate drops it.

@@ -82,7 +82,7 @@ class _RecordingLayer(DynamicSlidingWindowLayer):
 def recording(layer: Any) -> Any:
     """A new sliding layer of transformers, able to record its past over several calls.
 
-    Before 5.16 none is; later they show attention more than its mask is for.
+    That of 5.14 cannot, that of 5.17 shows attention more than its mask is for.
     """
     if type(layer) is not DynamicSlidingWindowLayer or VERSION >= (5, 24):
         return layer
