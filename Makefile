@@ -16,7 +16,7 @@ SOURCES := $(shell find cpp cuda cmake python CMakeLists.txt pyproject.toml LICE
 # libgomp's idle threads spin by default, which on a busy machine costs more than the work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo real-model kvpress-check test test-all test-cpp neon-check lint bench cuda-check clean
+.PHONY: demo real-model kvpress-check versions-check test test-all test-cpp neon-check lint bench cuda-check clean
 
 # On SmolLM2-135M-Instruct where pip can get it.
 demo: $(VENV)/.built
@@ -37,6 +37,20 @@ kvpress-check: $(VENV)/.built
 	$(RUN) -m pip install --quiet --upgrade --target $(KVPRESS) datasets cachetools fire
 	$(RUN) -m pip install --quiet --upgrade --no-deps --target $(KVPRESS) kvpress==0.5.5
 	$(RUN) -c 'import sys; sys.path.append("$(KVPRESS)"); import pytest; sys.exit(pytest.main(["-q", "tests/test_kvpress.py"]))'
+
+# The drop-in on the oldest transformers that it promises and on the newest there is, each in a
+# folder of its own: make versions-check VERSIONS="5.4.0 5.14.1 newest"
+VERSIONS ?= 5.4.0 newest
+VERSIONS_TESTS := $(sort $(wildcard tests/test_huggingface*.py) $(addprefix tests/test_, $(addsuffix .py, \
+	asking clips control converted_models damaged_files golden_e2e graphed models_page readme soak \
+	synchronisation video zoo)))
+versions-check: $(VENV)/.built $(VERSIONS:%=build/versions/%/.installed)
+	@set -e; for version in $(VERSIONS); do \
+	  PYTHONPATH=build/versions/$$version $(RUN) -m pytest -q $(VERSIONS_TESTS) $(ARGS); done
+
+build/versions/%/.installed: | $(VENV)/.built
+	$(RUN) -m pip install --quiet --upgrade --target $(@D) transformers$(if $(filter newest,$*),,==$*)
+	@touch $@
 
 test: $(VENV)/.built
 	$(RUN) -m pytest $(ARGS)

@@ -8,7 +8,8 @@ kvpress needs an older transformers than the drop-in, so there are two steps in 
 
 A press compresses once, after the whole context, with the budgets it was published with. That is
 easier than forgetting on the way, which is what ``namm compare`` measures; and no bytes are freed
-where heads keep different tokens. Exact match is teacher-forced, as there.
+where heads keep different tokens. Exact match is teacher-forced, as there. A run that was stopped
+goes on with its ``--json`` file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import sys
 import time
@@ -103,18 +105,52 @@ def answers(model: Any, press: Any, reading: dict[str, Any]) -> list[bool]:
     return right
 
 
+def answered(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a file has of a run that was stopped; the run ends if that had other settings."""
+    if path is None or not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = content.pop("presses")
+    differ = [
+        f"{name} {content.get(name)!r}, now {settings.get(name)!r}"
+        for name in sorted({*content, *settings})
+        if content.get(name) != settings.get(name)
+    ]
+    if differ:
+        sys.exit(
+            f"--json: {path} has answers of other settings ({'; '.join(differ)}); name another "
+            "file or delete it"
+        )
+    return found
+
+
+def save(path: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
+    """Replace the file as a whole."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps({**settings, "presses": found}, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
 def ask(args: argparse.Namespace) -> None:
-    """Every press on every context; a line and a JSON entry for each."""
+    """Every press on every context; a line and a JSON entry for each, written at once."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    content = json.loads(args.contexts.read_text(encoding="utf-8"))
+    text = args.contexts.read_bytes()
+    content = json.loads(text)
+    settings = {
+        **{name: version(name) for name in ("kvpress", "transformers")},
+        "keep": args.keep,
+        "dtype": args.dtype,
+        "contexts": len(content["readings"]),
+        "contexts_sha256": hashlib.sha256(text).hexdigest()[:16],
+    }
+    found = answered(args.json, settings)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         content["model"], dtype=getattr(torch, args.dtype)
     )
-    found: dict[str, Any] = {}
     for name, make in presses(1 - args.keep).items():
-        if args.press and name not in args.press:
+        if name in found or (args.press and name not in args.press):
             continue
         press = make()
         began = time.perf_counter()
@@ -127,11 +163,8 @@ def ask(args: argparse.Namespace) -> None:
         groups = " ".join(f"{task}:{value:.2f}" for task, value in means.items())
         seconds = time.perf_counter() - began
         print(f"{name:26s} {100 * mean:5.1f}  {seconds:4.0f} s  {groups}", flush=True)
-    if args.json:
-        versions = {name: version(name) for name in ("kvpress", "transformers")}
-        settings = {"keep": args.keep, "dtype": args.dtype, "contexts": len(content["readings"])}
-        values = {**versions, **settings, "presses": found}
-        args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        if args.json:
+            save(args.json, settings, found)
 
 
 def main() -> int:

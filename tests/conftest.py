@@ -25,9 +25,20 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return [
         f"torch {torch.__version__}, numpy {np.__version__}, {', '.join(versions)}",
-        f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        f"{platform.machine()}, {THREADS} threads, {device}",
         f"golden vectors: {golden_dir()}",
     ]
+
+
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Tiny models are twice as fast on one thread; the kernels are tested on all there are."""
+    kernels = request.path.name.startswith(("test_ops", "test_ragged", "test_golden"))
+    torch.set_num_threads(THREADS if kernels else 1)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from namm_ext import baselines
 from namm_ext.answers import answer_readings, interval, text_bits
 
-LENGTH = 1024
+LENGTH = 512
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def readings():
     ]
 
 
+@pytest.fixture(scope="module")
 @torch.inference_mode()
 def expected(model, readings):
     """One plain pass per question."""
@@ -55,8 +56,8 @@ def expected(model, readings):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("policy", [None, baselines.StreamingLLM(2048)])
-def test_answers_of_everything_kept(model, readings, policy, batch_size):
-    correct, loglik = expected(model, readings)
+def test_answers_of_everything_kept(model, readings, expected, policy, batch_size):
+    correct, loglik = expected
     answers = answer_readings(model, policy, readings, batch_size=batch_size)
     assert np.array_equal(answers.correct, correct)
     np.testing.assert_allclose(answers.loglik, loglik, rtol=1e-3, atol=1e-3)

@@ -6,14 +6,16 @@ import doctest
 import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from namm_ext import testing
+from namm_ext import testing, zoo
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -26,22 +28,28 @@ def bench(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module
 
 
-def run(*command: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    result = subprocess.run(
-        [sys.executable, *command],
-        cwd=BENCH,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a script of ``bench/`` as Python does, on one thread; what it prints."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.chdir(BENCH)
+    torch.set_num_threads(1)
+
+    def script(*command: str) -> str:
+        monkeypatch.setattr(sys, "argv", list(command))
+        try:
+            runpy.run_path(str(BENCH / command[0]), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                pytest.fail(str(capsys.readouterr()))
+        return capsys.readouterr().out
+
+    yield script
+    torch.set_num_threads(threads)
 
 
-def test_ratios(tmp_path: Path) -> None:
+def test_ratios(run, tmp_path: Path) -> None:
     output = run("ratios.py", "--quick", "--json", str(tmp_path / "r.json"))
     report = json.loads((tmp_path / "r.json").read_text())
     names = [row["case"] for row in report["rows"]]
@@ -106,14 +114,14 @@ def test_every_op_has_a_case(bench) -> None:
         cases.make("fft", 64, "bundled", "fp32")
 
 
-def test_gate_benchmark() -> None:
+def test_gate_benchmark(run) -> None:
     lines = run("bench_gate.py", "--keys", "64").splitlines()
     assert [line.split()[1] for line in lines[2:]] == [
         "gate-smollm2-N64-fp32", "gate-smollm2-N64-bf16",
     ]  # fmt: skip
 
 
-def test_never_evict(tmp_path: Path) -> None:
+def test_never_evict(run, tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     run(
         "never_evict.py", "--model", "stdlib-1m", "--length", "100", "--periods", "1",
@@ -124,7 +132,7 @@ def test_never_evict(tmp_path: Path) -> None:
     assert row["logits_apart"] < 1e-4
 
 
-def test_decode_cost(tmp_path: Path) -> None:
+def test_decode_cost(run, tmp_path: Path) -> None:
     out = tmp_path / "d.json"
     run("decode_cost.py", "--layers", "2", "--steps", "3", "--rounds", "2", "--json", str(out))
     rows = json.loads(out.read_text())["rows"]
@@ -132,7 +140,7 @@ def test_decode_cost(tmp_path: Path) -> None:
     assert all(row["NAMMCache"] > 0 and row["DynamicCache"] > 0 for row in rows)
 
 
-def test_cuda_benchmark(bench, tmp_path: Path) -> None:
+def test_cuda_benchmark(run, tmp_path: Path) -> None:
     run("bench_cuda.py", "--smoke", "--out", str(tmp_path / "c.json"))
     report = json.loads((tmp_path / "c.json").read_text())
     assert {row["op"] for row in report["rows"]} == {
@@ -206,7 +214,7 @@ def test_share_of_scores_that_are_done_again(bench) -> None:
     assert share == 156 / 320
 
 
-def test_end_to_end_benchmark(tmp_path: Path) -> None:
+def test_end_to_end_benchmark(run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     run("bench_e2e_cuda.py", "--smoke", "--out", str(tmp_path / "e.json"))
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
@@ -227,7 +235,7 @@ def test_size_of_a_full_cache(bench) -> None:
     assert num_bytes == 128 << 30  # more than an 80 GB card has
 
 
-def test_real_model_benchmark(tmp_path: Path) -> None:
+def test_real_model_benchmark(run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "m.json"
     run(
@@ -237,6 +245,46 @@ def test_real_model_benchmark(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     assert [row["memory"] for row in rows] == ["full", "h2o", "bundled:stdlib-1m"]
     assert rows[0]["kept"] == 1.0 > rows[1]["kept"]
+
+
+def test_presses_go_on_with_their_file(bench, tmp_path: Path, monkeypatch) -> None:
+    check, asked = bench("kvpress_check"), []
+    names = {"first": 1, "second": 2, "third": 3}
+    monkeypatch.setattr(check, "version", lambda name: "0")
+    monkeypatch.setattr(check, "presses", lambda _: {k: partial(int, v) for k, v in names.items()})
+
+    def answers(model, press, reading):
+        asked.append(press)
+        if press == stop:
+            raise KeyboardInterrupt
+        return [press == 1, True]
+
+    monkeypatch.setattr(check, "answers", answers)
+    contexts, out = tmp_path / "contexts.json", tmp_path / "found.json"
+
+    def run(*options: str) -> dict:
+        command = ["kvpress_check.py", "ask", str(contexts), "--json", str(out), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        assert check.main() == 0
+        return json.loads(out.read_text())["presses"]
+
+    model = str(zoo.model_path("stdlib-1m"))
+    contexts.write_text(json.dumps({"model": model, "readings": [{"task": "table"}]}))
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert list(json.loads(out.read_text())["presses"]) == ["first"]
+    stop = None
+    found = run()
+    assert asked == [1, 2, 2, 3]
+    assert [found[name]["exact_match"] for name in names] == [1.0, 0.5, 0.5]
+    before = out.read_bytes()
+    with pytest.raises(SystemExit, match=r"other settings \(keep 0.25, now 0.5\); name another"):
+        run("--keep", "0.5")
+    contexts.write_text(contexts.read_text() + "\n")
+    with pytest.raises(SystemExit, match=r"other settings \(contexts_sha256 '"):
+        run()
+    assert out.read_bytes() == before
 
 
 @pytest.mark.skipif("cuda" in testing.devices(), reason="a GPU can run the real thing")

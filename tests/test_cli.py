@@ -330,7 +330,9 @@ def test_compare_asks_a_model_that_chats(
 ) -> None:
     file = tmp_path / "rows.json"
     arguments = ["--policy", str(policy_dir), "--method", "KeyDiff", "--json", str(file)]
-    sizes = ["--length", "512", "--questions", "3", "--windows", "1", "--repeats", "1"]
+    # Text and costs in one of the two.
+    rest = "0" if visible else "1"
+    sizes = ["--length", "512", "--questions", "3", "--windows", rest, "--repeats", rest]
     some = ["--task", "paraphrase", "--task", "multi_turn", "--model", str(chatting_model)]
     command = ["compare", *arguments, *sizes, *some, *["--question-visible"] * visible]
     result = CliRunner().invoke(app, command)
@@ -340,7 +342,8 @@ def test_compare_asks_a_model_that_chats(
     for row in values["rows"]:
         contexts = {name: len(task["exact_match"]) for name, task in row["tasks"].items()}
         assert contexts == dict.fromkeys(("paraphrase", "multi_turn"), 3 if visible else 1)
-        assert row["bits_per_byte"].keys() == {"prose", "code"}
+        assert row["bits_per_byte"].keys() == (set() if visible else {"prose", "code"})
+        assert (row["cost"] is None) is visible
         # A budget over all layers is rounded down in each of them.
         expected = 1 if row["method"] == measure.FULL else 0.25
         assert row["kept"] == pytest.approx(expected, abs=2e-3)

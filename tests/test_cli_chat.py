@@ -107,7 +107,8 @@ def test_hub_ids_go_to_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     asked: list[Any] = []
     model, tokenizer = zoo.load_model(), zoo.load_tokenizer()
-    for kind, found in (("AutoModelForCausalLM", model), ("AutoTokenizer", tokenizer)):
+    whole = (model, {"missing_keys": set()})
+    for kind, found in (("AutoModelForCausalLM", whole), ("AutoTokenizer", tokenizer)):
         loader = getattr(transformers, kind)
         monkeypatch.setattr(
             loader, "from_pretrained", lambda name, found=found, **_: asked.append(name) or found

@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from namm_ext import zoo
+from namm_ext.cache.versions import VERSION
 from namm_ext.zoo import clips, train_video
 from pages import run_page
 
@@ -22,6 +24,10 @@ RESULTS = ROOT / "bench/results/video.json"
 
 @pytest.fixture(scope="module")
 def model():
+    if VERSION < (5, 14):  # nothing random instead of what it does not find
+        with pytest.raises(ValueError, match=r"clips: all weights must be there, got none for 39"):
+            zoo.load_video_model()
+        pytest.skip(f"transformers {transformers.__version__} calls the weights otherwise")
     return zoo.load_video_model()
 
 
@@ -201,6 +207,7 @@ def test_one_memory_on_the_ragged_store_is_the_full_cache(model, bench):
     assert little.shares[0][20] == 0
 
 
+@pytest.mark.usefixtures("model")
 def test_the_page_runs(capsys):
     names = run_page("docs/video.md")
     printed = capsys.readouterr().out

@@ -58,7 +58,8 @@ def walk(stepper: Stepper, states: Any, actions: Any, returns_to_go: Any) -> tor
 
 def is_clean(model: Any) -> bool:
     hooks = [hook for m in model.modules() for hook in m._forward_pre_hooks]
-    return model.config._attn_implementation == "sdpa" and not hooks and not {
+    stock = build().config._attn_implementation
+    return model.config._attn_implementation == stock and not hooks and not {
         name for name in vars(model) if "namm" in name
     }  # fmt: skip
 

@@ -33,14 +33,14 @@ class Saved:
             self.mask[0, :9] = 0
         cache = NAMMCache(self.model, self.policy)
         with torch.no_grad():
-            self.model(ids[:, :45], attention_mask=self.mask[:, :45], cache=cache)
+            self.model(ids[:, :45], attention_mask=self.mask[:, :45], past_key_values=cache)
         cache.save(path)
         self.last = ids[:, 45:]
         self.want = self.next(cache)
 
     @torch.no_grad()
     def next(self, cache):
-        return self.model(self.last, attention_mask=self.mask, cache=cache).logits
+        return self.model(self.last, attention_mask=self.mask, past_key_values=cache).logits
 
     def load(self):
         return NAMMCache.load(self.path, self.model, self.policy)

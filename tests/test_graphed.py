@@ -45,7 +45,7 @@ def prompt(model, policy, rows=1, padding=0):
     mask[1:, :padding] = 0
     cache = NAMMCache(model, policy)
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    model(ids[:, :PROMPT], attention_mask=mask, position_ids=places, cache=cache)
+    model(ids[:, :PROMPT], attention_mask=mask, position_ids=places, past_key_values=cache)
     return cache, mask, ids[:, PROMPT:]
 
 
@@ -55,7 +55,9 @@ def eager(model, cache, mask, ids):
     for t in range(ids.shape[1]):
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
         places = mask.sum(dim=1, keepdim=True) - 1
-        out = model(ids[:, t : t + 1], attention_mask=mask, position_ids=places, cache=cache)
+        out = model(
+            ids[:, t : t + 1], attention_mask=mask, position_ids=places, past_key_values=cache
+        )
         logits.append(out.logits[:, -1])
     return torch.stack(logits)
 
@@ -93,7 +95,7 @@ def test_the_logits_and_the_memory_are_those_of_decoding(name, padding, model):
     # The cache goes on in any other way.
     more = tokens(2, 9, seed=1)
     mask = torch.cat([mask, mask.new_ones(2, STEPS + 9)], dim=1)
-    a, b = (model(more, attention_mask=mask, cache=each) for each in (cache, other))
+    a, b = (model(more, attention_mask=mask, past_key_values=each) for each in (cache, other))
     assert torch.equal(a.logits, b.logits)
 
 
@@ -144,7 +146,7 @@ def test_whatever_else_works_on_the_cache_is_noticed(model):
     assert len(recorder.graphs) == 1
     for each in (cache, other):  # the same length and tokens, in other tensors
         each.crop(-2)
-        model(ids[:, 7:9], attention_mask=torch.ones(1, PROMPT + 4), cache=each)
+        model(ids[:, 7:9], attention_mask=torch.ones(1, PROMPT + 4), past_key_values=each)
     mask = torch.ones(1, PROMPT + 4, dtype=torch.long)
     want = eager(model, cache, mask, ids[:, 4:7])
     got = torch.stack([step(ids[:, t : t + 1]).clone() for t in range(4, 7)])

@@ -47,7 +47,7 @@ class Sequence:
         mask = self.mask[:, :b]
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, a:b]
         return self.model(
-            self.ids[:, a:b], attention_mask=mask, position_ids=position_ids, cache=cache
+            self.ids[:, a:b], attention_mask=mask, position_ids=position_ids, past_key_values=cache
         ).logits
 
     def state(self, cache):
@@ -73,7 +73,7 @@ def gated(policy, config):
 
 
 KINDS = ("plain", "hybrid", "recurrent", "padded", "recording", "gated")
-PLACES = {"parts": (AroundParts, 7), "lines": (AtLines, 61)}
+PLACES = {"parts": (AroundParts, 9), "lines": (AtLines, 97)}
 
 
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])

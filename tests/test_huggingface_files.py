@@ -92,7 +92,7 @@ def test_hybrid(tmp_path):
     loaded = NAMMCache.load(tmp_path / "memory.safetensors", model, StreamingLLM(8, 16))
     want, got = (model(ids[:, 45:], past_key_values=c).logits for c in (cache, loaded))
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
-    with pytest.raises(TypeError, match="layer 0 has no memory, it is a DynamicSlidingWindowLayer"):
+    with pytest.raises(TypeError, match=r"layer 0 has no memory, it is a .*Layer"):
         loaded.memory_layer(0)
 
 

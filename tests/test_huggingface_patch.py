@@ -13,7 +13,7 @@ import transformers
 from hf_models import FAMILIES, build, evicting_policy, tokens
 from namm_ext import NAMMCache, apply, patch, remove
 from namm_ext.baselines import H2O, NeverEvict, StreamingLLM
-from namm_ext.cache import borrow
+from namm_ext.cache import borrow, cache_keyword
 
 POLICIES = [
     evicting_policy(budget=10),
@@ -128,7 +128,7 @@ def test_an_instance_that_had_a_generate_gets_it_back(model):
     with patch(model, POLICIES[0]):
         greedy(model, ids)
     assert model.generate is generate
-    assert isinstance(calls[0]["cache"], NAMMCache)
+    assert isinstance(calls[0][cache_keyword(model)], NAMMCache)
 
 
 def test_a_generate_put_over_ours_stays(model):
@@ -225,7 +225,7 @@ def test_layers_made_by_threads_have_handles_of_their_own(model):
 def test_borrowing_gives_back_what_was_there(model):
     ids = tokens(1, 40)
     with borrow(model), torch.no_grad():
-        model(ids, cache=NAMMCache(model, POLICIES[0]))
+        model(ids, past_key_values=NAMMCache(model, POLICIES[0]))
     assert is_clean(model)
     with borrow(model, "eager"):
         assert model.config._attn_implementation == "eager"
@@ -298,7 +298,7 @@ def test_attention_weights_are_warned_about(model):
 def test_a_cache_given_to_generate_without_caching_is_refused(model):
     cache = NAMMCache(model, POLICIES[1])
     with pytest.raises(ValueError, match="namm: use_cache must not be False with a NAMMCache"):
-        greedy(model, tokens(1, 5), cache=cache, use_cache=False)
+        greedy(model, tokens(1, 5), past_key_values=cache, use_cache=False)
     assert cache.get_seq_length() == 0
 
 
@@ -314,8 +314,8 @@ def test_a_drafter_with_a_memory(model, tokens_drafted):
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
     with patch(model, POLICIES[0]) as memory, patch(assistant, POLICIES[1]) as drafts:
-        want = greedy(model, ids, max_new_tokens=60)
-        got = greedy(model, ids, max_new_tokens=60, assistant_model=assistant)
+        want = greedy(model, ids, max_new_tokens=50)
+        got = greedy(model, ids, max_new_tokens=50, assistant_model=assistant)
         assert torch.equal(got, want)
         assert drafts.cache.is_recording
         assert drafts.report().layers[0].num_updates > 3

@@ -35,7 +35,7 @@ def batch(length):
 def feed(model, cache, ids, mask, a, b):
     position_ids = (mask[:, :b].cumsum(1) - 1).clamp(min=0)[:, a:b]
     return model(
-        ids[:, a:b], attention_mask=mask[:, :b], position_ids=position_ids, cache=cache
+        ids[:, a:b], attention_mask=mask[:, :b], position_ids=position_ids, past_key_values=cache
     ).logits
 
 
@@ -89,14 +89,16 @@ def test_a_crop_is_of_all_layers_or_none(policy):
                                              "full_attention"]), torch.float64)  # fmt: skip
     ids, cache = tokens(1, 40), NAMMCache(model, NeverEvict(n_up=64))
     with torch.no_grad():
-        model(ids, cache=cache)
+        model(ids, past_key_values=cache)
         with pytest.raises(RuntimeError, match="crop: sliding layers have dropped tokens"):
             cache.crop(-3)
         assert [x.kv.seen for x in cache.memory_layers] == [(40,), (40,)]
         fresh = NAMMCache(model, NeverEvict(n_up=64))
-        model(ids, cache=fresh)
+        model(ids, past_key_values=fresh)
         more = tokens(1, 5, seed=2)
-        torch.testing.assert_close(model(more, cache=cache).logits, model(more, cache=fresh).logits)
+        torch.testing.assert_close(
+            model(more, past_key_values=cache).logits, model(more, past_key_values=fresh).logits
+        )
 
 
 # Recording ----------------------------------------------------------------------------------------
@@ -116,31 +118,31 @@ def test_recording_ends(model, policy):
 
     cache = NAMMCache(model, policy)
     cache.activate_past_recording()
-    model(ids[:, :100], cache=cache)
+    model(ids[:, :100], past_key_values=cache)
     assert recorded(cache) > 3 * cache.report().kv_bytes
     cache.end_past_recording()
     assert recorded(cache) == 0
     assert not cache.is_recording
     cache.activate_past_recording()
-    model(ids[:, 100:200], cache=cache)
+    model(ids[:, 100:200], past_key_values=cache)
     assert recorded(cache)
     cache.reset()
-    model(ids[:, :100], cache=cache)
+    model(ids[:, :100], past_key_values=cache)
     assert recorded(cache) == 0
 
     cache.activate_past_recording()
-    model(ids[:, 100:160], cache=cache)
+    model(ids[:, 100:160], past_key_values=cache)
     cache.crop(-1)
     for n in range(159, 159 + 128):
-        model(ids[:, n : n + 1], cache=cache)
+        model(ids[:, n : n + 1], past_key_values=cache)
         assert cache.is_recording
     cache.crop(0)  # whoever drafts says so
     assert recorded(cache) == 0
     for n in range(287, 300):
-        model(ids[:, n : n + 1], cache=cache)
+        model(ids[:, n : n + 1], past_key_values=cache)
     assert cache.is_recording
     for n in range(116):
-        model(ids[:, n : n + 1], cache=cache)
+        model(ids[:, n : n + 1], past_key_values=cache)
     assert not cache.is_recording
     assert recorded(cache) == 0
 
@@ -150,11 +152,11 @@ def test_a_recording_hybrid_is_saved_without_its_past(policy, tmp_path):
     model = build(gemma3_config(), torch.float64)
     cache, more = NAMMCache(model, policy), tokens(1, 9, seed=4)
     cache.activate_past_recording()
-    model(tokens(1, 60), cache=cache)
+    model(tokens(1, 60), past_key_values=cache)
     cache.save(tmp_path / "memory.safetensors")
     loaded = NAMMCache.load(tmp_path / "memory.safetensors", model, policy)
     assert [x.keys.shape[2] for x in loaded.sliding_layers] == [23, 23]
-    a, b = (model(more, cache=c).logits for c in (cache, loaded))
+    a, b = (model(more, past_key_values=c).logits for c in (cache, loaded))
     torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
@@ -163,14 +165,16 @@ def test_sliding_layers_stop_recording_too(policy):
     model = build(gemma3_config(), torch.float64)
     cache = NAMMCache(model, policy)
     cache.activate_past_recording()
-    model(tokens(1, 60), cache=cache)
+    model(tokens(1, 60), past_key_values=cache)
     assert [x.keys.shape[2] for x in cache.sliding_layers] == [60, 60]
     cache.end_past_recording()
     assert [x.keys.shape[2] for x in cache.sliding_layers] == [23, 23]
     assert not any(x.record_past for x in cache.sliding_layers)
     fresh, more = NAMMCache(model, policy), tokens(1, 9, seed=4)
-    model(tokens(1, 60), cache=fresh)
-    torch.testing.assert_close(model(more, cache=cache).logits, model(more, cache=fresh).logits)
+    model(tokens(1, 60), past_key_values=fresh)
+    torch.testing.assert_close(
+        model(more, past_key_values=cache).logits, model(more, past_key_values=fresh).logits
+    )
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -183,8 +187,8 @@ def test_selected_rows_without_padding_need_no_mask(model, policy):
     cache.batch_select_indices(torch.tensor([0]))
     fresh = NAMMCache(model, policy)
     with torch.no_grad():
-        model(ids[:1], cache=fresh)
-        a, b = (model(tokens(1, 9, seed=5), cache=c).logits for c in (cache, fresh))
+        model(ids[:1], past_key_values=fresh)
+        a, b = (model(tokens(1, 9, seed=5), past_key_values=c).logits for c in (cache, fresh))
     torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
@@ -225,7 +229,7 @@ def test_layers_by_themselves(model, policy):
     cache = NAMMCache(model, policy)
     assert not cache.is_initialized
     with torch.no_grad():
-        model(tokens(2, 5), cache=cache)
+        model(tokens(2, 5), past_key_values=cache)
     assert cache.is_initialized
     assert all(layer.is_initialized for layer in cache.layers)
     with pytest.raises(ValueError, match=r"use cache\.reorder_cache, got a call on layer 1"):

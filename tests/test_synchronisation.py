@@ -140,7 +140,7 @@ def talk(model, policy, rows, *, masked, steps=30, padding=0, look=watched):
     for begin, end in [(0, 20), *((t, t + 1) for t in range(20, 20 + steps))]:
         with look() as waits:
             out = model(
-                ids[:, begin:end], position_ids=position_ids[:, begin:end], cache=cache,
+                ids[:, begin:end], position_ids=position_ids[:, begin:end], past_key_values=cache,
                 attention_mask=mask[:, :end] if masked else None,
             )  # fmt: skip
         logits.append(out.logits[:, -1])
@@ -187,12 +187,12 @@ def test_a_mask_that_nobody_read_is_an_error_at_the_update(model, device):
     cache = NAMMCache(model, policies(model.config)["bam"])
     ids, mask = tokens(1, 40), torch.ones(1, 40, dtype=torch.long)
     mask[0, 22] = 0
-    model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
+    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
     for t in range(20, 31):
-        model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache)
+        model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
     for _ in range(2):  # and again: the memory does not go on with it
         with pytest.raises(ValueError, match=r"attention_mask must be what it was .*reset\(\)"):
-            model(ids[:, 31:32], attention_mask=mask[:, :32], cache=cache)
+            model(ids[:, 31:32], attention_mask=mask[:, :32], past_key_values=cache)
         assert cache.get_seq_length() == 31
     assert [x.kv.num_updates for x in cache.memory_layers] == [1] * LAYERS
 
@@ -203,14 +203,16 @@ def test_text_may_still_become_padding_for_a_later_turn(model, device):
     policy = policies(model.config)["bam"]
     cache, alone = NAMMCache(model, policy), NAMMCache(model, policy)
     ids, mask = tokens(1, 36), torch.ones(1, 36, dtype=torch.long)
-    model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
+    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
     for t in range(20, 24):
-        model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache)
+        model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
     mask[0, 22:24] = 0
     places = (mask.cumsum(1) - 1)[:, 24:30]
-    got = model(ids[:, 24:30], attention_mask=mask[:, :30], position_ids=places, cache=cache)
-    model(ids[:, :22], cache=alone)
-    want = model(ids[:, 24:30], cache=alone)
+    got = model(
+        ids[:, 24:30], attention_mask=mask[:, :30], position_ids=places, past_key_values=cache
+    )
+    model(ids[:, :22], past_key_values=alone)
+    want = model(ids[:, 24:30], past_key_values=alone)
     torch.testing.assert_close(got.logits, want.logits)
 
 
@@ -219,9 +221,9 @@ def test_a_policy_that_fails_in_one_layer_leaves_all_as_they_were(model, device,
     policy = policies(model.config)["bam"]
     want, _, _ = talk(model, policy, 1, masked=False, steps=16)
     ids, cache = tokens(1, 36), NAMMCache(model, policy)
-    model(ids[:, :20], cache=cache)
+    model(ids[:, :20], past_key_values=cache)
     for t in range(20, 31):
-        model(ids[:, t : t + 1], cache=cache)
+        model(ids[:, t : t + 1], past_key_values=cache)
 
     update = NAMM.update
 
@@ -232,11 +234,11 @@ def test_a_policy_that_fails_in_one_layer_leaves_all_as_they_were(model, device,
 
     monkeypatch.setattr(NAMM, "update", failing)
     with pytest.raises(KeyboardInterrupt):
-        model(ids[:, 31:32], cache=cache)
+        model(ids[:, 31:32], past_key_values=cache)
     assert [x.kv.num_updates for x in cache.memory_layers] == [1] * LAYERS
     monkeypatch.setattr(NAMM, "update", update)
     for t in range(31, 36):
-        out = model(ids[:, t : t + 1], cache=cache)
+        out = model(ids[:, t : t + 1], past_key_values=cache)
     torch.testing.assert_close(out.logits[:, -1], want[-1])
 
 
@@ -261,12 +263,12 @@ def test_padding_in_front_comes_token_by_token(model, device):
     ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[1, :5] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    want = model(ids, attention_mask=mask, position_ids=places, cache=whole).logits
+    want = model(ids, attention_mask=mask, position_ids=places, past_key_values=whole).logits
     for t in range(40):
         step = slice(t, t + 1)
         got = model(
             ids[:, step], attention_mask=mask[:, : t + 1], position_ids=places[:, step],
-            cache=single,
+            past_key_values=single,
         ).logits  # fmt: skip
     torch.testing.assert_close(got[:, -1], want[:, -1], atol=1e-4, rtol=1e-4)
     assert single.memory_layers[0].kv.seen == whole.memory_layers[0].kv.seen == (40, 35)

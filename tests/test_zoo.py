@@ -11,6 +11,7 @@ from namm_ext import corpus, tasks, zoo
 
 pytest.importorskip("transformers")
 
+from hf_models import FAMILIES, build
 from namm_ext._files import lock_folder
 from namm_ext.zoo import evaluate_lm as evaluation
 from namm_ext.zoo import train_lm as recipe
@@ -79,6 +80,16 @@ def test_bundled_files(name):
 def test_unknown_model_is_an_error():
     with pytest.raises(ValueError, match="name must be one of"):
         zoo.load_model("gpt-5")
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path) -> None:
+    """transformers would make them up."""
+    model = build(FAMILIES["llama"]())
+    weights = model.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"got none for 1 such as 'model.layers.1.mlp.up_proj"):
+        zoo.load_model(str(tmp_path))
 
 
 def test_bundled_model_recalls(model, tokenizer):

@@ -185,6 +185,10 @@ class _Call:
                 f"{use_cache} from the call, its generation_config or model.generation_config; "
                 "pass use_cache=True"
             )
+        config: Any = self.given.get("generation_config")
+        if self.is_draft and getattr(config, "cache_implementation", None) == "dynamic_full":
+            # Before 5.17 drafters ask for no sliding layers, so that they can be cropped.
+            config.cache_implementation = None
         implementation = self.get("cache_implementation")
         # "hybrid" was the default of checkpoints once; generate drops it.
         if implementation not in (None, "hybrid"):

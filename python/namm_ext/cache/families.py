@@ -5,16 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import (
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-    __version__,
-    cache_utils,
-)
+import transformers
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .recurrent import has_memory, recurrent_part
+from .versions import VERSION, recording
 
 # Layers without attention, which store nothing; only newer versions of transformers have them.
 _Dummy: Any = getattr(cache_utils, "DummyLayer", None)
@@ -29,6 +25,11 @@ _PARTICULAR = {
     "jetmoe": "it changes keys between cache and attention",
     "minimax": "it needs a cache class of its own",
 }
+_MISSING = ""
+if not hasattr(cache_utils, "LinearAttentionLayer"):
+    _MISSING = f"; transformers {transformers.__version__} has no cache for a state, 5.14 has"
+if VERSION < (5, 17):
+    _PARTICULAR["olmo_hybrid"] = "it needs a cache class of its own before transformers 5.17"
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -76,7 +77,7 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
     if shared and not readers_of(config):
         raise ValueError(
             f"NAMMCache: the last {shared} layers of {name!r} read keys of others, and "
-            f"transformers {__version__} does not say of which"
+            f"transformers {transformers.__version__} does not say of which"
         )
     if getattr(config, "is_causal", True) is False:
         raise ValueError(f"NAMMCache: attention must be causal, got {name!r}")
@@ -94,13 +95,13 @@ def stock_layers(config: PreTrainedConfig) -> list[Any]:
         if not known or not (served or recurrent):
             raise ValueError(
                 "NAMMCache: layers must have full, sliding or linear attention or a recurrent "
-                f"state, layer {i} of {name!r} has {kind or type(layer).__name__!r}"
+                f"state, layer {i} of {name!r} has {kind or type(layer).__name__!r}{_MISSING}"
             )
     if not any(map(has_memory, layers)):
         raise ValueError(
             f"NAMMCache: at least one layer must have full attention, in {name!r} none has"
         )
-    return layers
+    return [recording(layer) for layer in layers]
 
 
 def passes_use_cache(model: PreTrainedModel) -> bool:

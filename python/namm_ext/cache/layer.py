@@ -54,6 +54,18 @@ class NAMMLayer(CacheLayerMixin):
     def record_past(self, value: bool) -> None:
         self.session.recording = value
 
+    # Where attention and a recurrent state share a layer, it reads them here before 5.24.
+
+    @property
+    def conv_states(self) -> Any:
+        """What the convolution of the same layer has seen last."""
+        return self.session.recurrent.layers[self.layer_idx].conv_states
+
+    @property
+    def recurrent_states(self) -> Any:
+        """The recurrent states of the same layer."""
+        return self.session.recurrent.layers[self.layer_idx].recurrent_states
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store is made by the first attention call, which knows the heads."""
 

@@ -15,6 +15,7 @@ from ..policy import Policy
 from ..ragged import ROLLBACK_TOKENS, Ledger, Planner, RaggedKV, Runs, update_together
 from ..transfer import waits
 from .recurrent import Recurrent, refuse
+from .versions import rereads
 
 
 class Session:
@@ -223,6 +224,7 @@ class Session:
             raise ValueError(
                 f"namm: attention_mask must be [batch, tokens seen + new tokens] = "
                 f"[{len(seen)}, {self.length + width}], got {list(mask.shape)}"
+                f"{rereads(self.length)}"
             )
         if width == 1 and all(seen) and waits(mask.device):  # padding in front is behind us
             self._mask, self._unread = self._past, mask

@@ -93,13 +93,13 @@ def load_model(name: str = DEFAULT_MODEL, **kwargs: Any) -> Any:
     Args:
         name: as in :func:`model_path`, or ``OWNER/NAME`` of the Hugging Face Hub.
         **kwargs: for ``AutoModelForCausalLM.from_pretrained``, such as ``dtype``.
+
+    Raises:
+        ValueError: if the files lack weights of the model.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        _source(name), **{"dtype": torch.float32, **kwargs}
-    ).eval()
+    return _load(AutoModelForCausalLM, name, kwargs)
 
 
 def load_video_model(name: str = VIDEO_MODEL, **kwargs: Any) -> Any:
@@ -108,13 +108,30 @@ def load_video_model(name: str = VIDEO_MODEL, **kwargs: Any) -> Any:
     Args:
         name: `VIDEO_MODEL`, a folder, or ``OWNER/NAME`` of the Hugging Face Hub.
         **kwargs: for ``AutoModelForImageTextToText.from_pretrained``, such as ``dtype``.
+
+    Raises:
+        ValueError: if the files lack weights of the model (`VIDEO_MODEL` before transformers 5.14).
     """
-    import torch
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(
-        _source(name), **{"dtype": torch.float32, **kwargs}
-    ).eval()
+    return _load(AutoModelForImageTextToText, name, kwargs)
+
+
+def _load(kind: Any, name: str, kwargs: dict[str, Any]) -> Any:
+    """With all its weights: transformers would go on with random ones."""
+    import torch
+    import transformers
+
+    given = {"dtype": torch.float32, **kwargs, "output_loading_info": True}
+    model, info = kind.from_pretrained(_source(name), **given)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name}: all weights must be there, got none for {len(missing)} such as "
+            f"{missing[0]!r}; other versions of transformers than {transformers.__version__} may "
+            "call them otherwise"
+        )
+    return model.eval()
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:

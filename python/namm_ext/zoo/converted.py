@@ -116,14 +116,18 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
 
+    from ..cache.versions import VERSION
+
+    kept = getattr(transformers, "GgufConfig", None)  # before 5.17 nothing is kept quantized
+    given = {} if kept is None else {"quantization_config": kept(dequantize=True)}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **given
     )
     model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Before 5.14 every Llama gets the tokenizer of Code Llama.
+    auto = VERSION >= (5, 14)
+    kind: Any = transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast
+    tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _correct(tokenizer, gguf)
     tokenizer.save_pretrained(folder)
 

@@ -325,7 +325,9 @@ class _Run(Run):
         """One step for what the decoder gets to see; relative error, and no answers."""
         table = self.model.get_input_embeddings().weight.detach()
         wanted = batch.words @ table
-        seen = self.model.model.get_video_features(batch.pixels).pooler_output
+        features = self.model.model.get_video_features(batch.pixels).pooler_output
+        # Before transformers 5.24 one by one, and frames by themselves.
+        seen = torch.stack(list(features)).flatten(1, -2)
         loss = F.mse_loss(seen, wanted) / wanted.square().mean()
         self._follow(loss)
         return loss.item(), torch.zeros(0), torch.zeros(0)
