@@ -33,6 +33,11 @@ const Shape kShapes[] = {
     {1, 3, 33, 51, 20, {70}},
 };
 
+// 0: no bound.
+double bounded(double logit, double softcap) {
+  return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit;
+}
+
 template <class T>
 std::vector<T> normal(size_t n, std::mt19937* generator) {
   std::normal_distribution<float> distribution;
@@ -43,7 +48,7 @@ std::vector<T> normal(size_t n, std::mt19937* generator) {
 
 // The largest error of out and lse.
 template <class T>
-double run(const Shape& shape, DType dtype) {
+double run(const Shape& shape, DType dtype, float softcap) {
   std::mt19937 generator(1);
   const int num_segments = static_cast<int>(shape.lengths.size());
   const int batch_size = num_segments / shape.num_kv_heads;
@@ -96,6 +101,7 @@ double run(const Shape& shape, DType dtype) {
   p.head_dim_v = shape.head_dim_v;
   p.num_cols = shape.num_new;
   p.softmax_scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  p.softcap = softcap;
   p.dtype = dtype;
   cpu::attend(p, kSerial);
 
@@ -116,7 +122,7 @@ double run(const Shape& shape, DType dtype) {
           double dot = 0.0;
           for (int d = 0; d < dim; ++d)
             dot += double(cpu::load(query[d])) * cpu::load(k[t * dim + d]);
-          const double e = std::exp(dot * p.softmax_scale);
+          const double e = std::exp(bounded(dot * p.softmax_scale, softcap));
           sum += e;
           for (int d = 0; d < dim_v; ++d) want[d] += e * cpu::load(v[t * dim_v + d]);
         }
@@ -138,16 +144,18 @@ int main() {
   for (int i = 0; i < kNumIsas; ++i) {
     const Isa isa = static_cast<Isa>(i);
     if (!set_isa(isa)) continue;
-    for (const Shape& shape : kShapes) {
-      const double errors[3] = {run<float>(shape, DType::kFloat32),
-                                run<cpu::BFloat16>(shape, DType::kBFloat16),
-                                run<cpu::Half>(shape, DType::kFloat16)};
-      const double allowed[3] = {2e-6, 2e-2, 2e-3};
-      for (int dtype = 0; dtype < 3; ++dtype) {
-        if (errors[dtype] <= allowed[dtype]) continue;
-        std::printf("%s, D %d, new %d, dtype %d: error %g\n", isa_name(isa), shape.head_dim,
-                    shape.num_new, dtype, errors[dtype]);
-        ++failures;
+    for (const float softcap : {0.0f, 1.5f}) {
+      for (const Shape& shape : kShapes) {
+        const double errors[3] = {run<float>(shape, DType::kFloat32, softcap),
+                                  run<cpu::BFloat16>(shape, DType::kBFloat16, softcap),
+                                  run<cpu::Half>(shape, DType::kFloat16, softcap)};
+        const double allowed[3] = {2e-6, 2e-2, 2e-3};
+        for (int dtype = 0; dtype < 3; ++dtype) {
+          if (errors[dtype] <= allowed[dtype]) continue;
+          std::printf("%s, D %d, new %d, softcap %g, dtype %d: error %g\n", isa_name(isa),
+                      shape.head_dim, shape.num_new, softcap, dtype, errors[dtype]);
+          ++failures;
+        }
       }
     }
   }

@@ -33,8 +33,13 @@ struct Errors {
   double spectrogram = 0.0, received = 0.0;
 };
 
+// 0: no bound.
+double bounded(double logit, double softcap) {
+  return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit;
+}
+
 template <class T>
-Errors run(const Shape& shape, DType dtype) {
+Errors run(const Shape& shape, DType dtype, float softcap) {
   std::mt19937 generator(1);
   std::normal_distribution<float> normal;
   const float nan = std::numeric_limits<float>::quiet_NaN();
@@ -86,6 +91,7 @@ Errors run(const Shape& shape, DType dtype) {
   w.head_dim = shape.head_dim;
   w.num_rows = shape.num_rows;
   w.softmax_scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  w.softcap = softcap;
   w.dtype = dtype;
   cpu::spectrogram({w, state.data(), state_out.data(), 0.99}, kSerial);
   cpu::attention_received({w, received.data(), shape.first_row}, kSerial);
@@ -115,7 +121,8 @@ Errors run(const Shape& shape, DType dtype) {
           for (int d = 0; d < dim; ++d) {
             dot += double{cpu::load(q[row * dim + d])} * cpu::load(k[t * dim + d]);
           }
-          column[i] += std::exp(dot * w.softmax_scale - lse[row]) / shape.num_groups;
+          column[i] +=
+              std::exp(bounded(dot * w.softmax_scale, softcap) - lse[row]) / shape.num_groups;
         }
       }
       double sum = 0.0;
@@ -145,16 +152,18 @@ int main() {
   for (int i = 0; i < kNumIsas; ++i) {
     const Isa isa = static_cast<Isa>(i);
     if (!set_isa(isa)) continue;
-    for (const Shape& shape : kShapes) {
-      const Errors errors[3] = {run<float>(shape, DType::kFloat32),
-                                run<cpu::BFloat16>(shape, DType::kBFloat16),
-                                run<cpu::Half>(shape, DType::kFloat16)};
-      for (int dtype = 0; dtype < 3; ++dtype) {
-        const Errors& e = errors[dtype];
-        if (e.spectrogram <= 3e-6 && e.received <= 3e-6) continue;
-        std::printf("%s, D %d, rows %d, dtype %d: errors %g, %g\n", isa_name(isa), shape.head_dim,
-                    shape.num_rows, dtype, e.spectrogram, e.received);
-        ++failures;
+    for (const float softcap : {0.0f, 1.5f}) {
+      for (const Shape& shape : kShapes) {
+        const Errors errors[3] = {run<float>(shape, DType::kFloat32, softcap),
+                                  run<cpu::BFloat16>(shape, DType::kBFloat16, softcap),
+                                  run<cpu::Half>(shape, DType::kFloat16, softcap)};
+        for (int dtype = 0; dtype < 3; ++dtype) {
+          const Errors& e = errors[dtype];
+          if (e.spectrogram <= 3e-6 && e.received <= 3e-6) continue;
+          std::printf("%s, D %d, rows %d, softcap %g, dtype %d: errors %g, %g\n", isa_name(isa),
+                      shape.head_dim, shape.num_rows, softcap, dtype, e.spectrogram, e.received);
+          ++failures;
+        }
       }
     }
   }
