@@ -44,6 +44,7 @@ SIMT = [
 BAM = [
     partial(scores.test_bam_scores, False, False),
     scores.test_bam_rows_out_of_range_are_done_again,
+    scores.test_bam_scores_in_parts,
     partial(scores.test_same_bits_in_every_order_and_batch, False),
 ]
 ROWS = [
@@ -185,9 +186,24 @@ FAULTS = [
         ("wait-too-shallow", "cp_async_wait<kBamStages - 2>", "cp_async_wait<kBamStages - 1>"),
         ("no-barrier-behind-copies", "2>();\n    __syncthreads();", "2>();"),
         ("swizzle-of-reader", "(x_chunk ^ (row >> 1 & 3))", "(x_chunk ^ (row & 3))"),
-        ("overflow-not-redone", "[tile.start + row] = !good;", "[tile.start + row] = false;"),
+        ("overflow-not-redone", "todo = !(den <= kMaxDenominator", "todo = false && !(den <= kMaxDenominator"),
+        ("short-remainders-forgotten", "(2 * remainder <= length) == turn - kBamParts", "2 * remainder > length"),
+        ("long-remainders-forgotten", "(2 * remainder <= length) == turn - kBamParts", "2 * remainder <= length"),
+        ("whole-parts-forgotten", "? turn < num_whole", "? turn + 1 < num_whole"),
+        ("parts-overlap", "end = min(begin + length, tile.live)", "end = tile.live"),
+        ("last-part-not-added", "part * part_tokens(tile.live) < seen", "(part + 1) * part_tokens(tile.live) <= seen"),
+        ("parts-of-the-batch", "part * part_tokens(tile.live) < seen", "part * part_tokens(p.seg.seqused_k[0]) < seen"),
+        ("parts-share-a-place", "work.sums[part * work.capacity + tile.start + row] =", "work.sums[tile.start + row] ="),
         ("no-barrier-behind-folded", "  __syncthreads();\n  if (row >= tile.live) return;",
          "  if (row >= tile.live) return;"),
+    ),
+    *_faults(
+        "bam", "bam_fold.cuh", ROWS,
+        ("residual-of-own-lane", "__shfl_sync(kFullMask, residual, h)", "residual"),
+        ("gain-of-residual", "w2[h * kW2 + kNumFeatures + e] *", "w2[h * kW2 + e] *"),
+        ("no-barrier-behind-parameters", "w[i] = source[i];\n  __syncthreads();", "w[i] = source[i];"),
+        ("parameters-of-first-row", "p.param_index[b]", "p.param_index[0]"),
+        ("bias-of-last-lane", "cb += __shfl_xor_sync(kFullMask, cb, bits);", ";"),
     ),
     *_faults(
         "bam", "bam.cuh", ROWS,
