@@ -26,7 +26,8 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(
   if (row >= rows.count || live <= size) return;  // a single part has written the result itself
   const int32_t num_parts = (live + size - 1) / size;
   // The inverse of find_tile.
-  const int64_t tile = p.seg.cu_seqlens_k[segment] / kMinChunk + segment;
+  const Places& places = partials.places;
+  const int64_t tile = (p.seg.cu_seqlens_k[segment] >> places.shift) + segment * places.extra;
   const float2* max_sum = partials.max_sum + tile * partials.rows_per_part + row;
   const float* out = partials.out + (tile * partials.rows_per_part + row) * p.head_dim_v;
 
@@ -53,8 +54,17 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(
 int64_t packed_rows(const AttendParams& p) { return int64_t{p.num_cols} * p.num_groups; }
 bool splits_keys(const AttendParams& p) { return packed_rows(p) <= kMaxSplitRows; }
 
-int64_t num_parts(const AttendParams& p, int64_t capacity) {
-  return num_tiles(p.seg, capacity, kMinChunk);
+int64_t num_parts(const AttendParams& p, int64_t capacity, const Places& places) {
+  return num_tiles(p.seg, capacity, 1 << places.shift, places.extra);
+}
+
+// The way that takes the fewest places. Nothing that is computed depends on it.
+Places choose_places(const AttendParams& p, int64_t capacity) {
+  Places best = kPlaces[0];
+  for (const Places& other : kPlaces) {
+    if (num_parts(p, capacity, other) < num_parts(p, capacity, best)) best = other;
+  }
+  return best;
 }
 
 bool fits_tensor_cores(const AttendParams& p) {
@@ -72,7 +82,7 @@ template <class T, int kHeadDim>
 Status launch_mma(const AttendParams& p, const Partials& partials, const Launch& config) {
   if (splits_keys(p)) {
     using Shape = DecodeShape<kHeadDim>;
-    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity)),
+    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity, partials.places)),
                     static_cast<unsigned>(ceil_div(packed_rows(p), Shape::kRows)));
     return launch(attend_decode_kernel<T, kHeadDim>, grid, dim3(Shape::kThreads),
                   Shape::kSharedBytes, config.stream, p, partials);
@@ -89,7 +99,7 @@ Status launch_simt(const AttendParams& p, const Partials& partials, const Launch
   const size_t shared = SimtShape::shared_bytes(p.head_dim, p.head_dim_v);
   const auto row_tiles = static_cast<int>(ceil_div(packed_rows(p), SimtShape::kRows));
   if (splits_keys(p)) {
-    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity)),
+    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity, partials.places)),
                     static_cast<unsigned>(row_tiles));
     return launch(attend_simt_kernel<T, true>, grid, dim3(SimtShape::kThreads), shared,
                   config.stream, p, partials, row_tiles);
@@ -126,16 +136,18 @@ Status launch_typed(const AttendParams& p, const Partials& partials, const Launc
 
 size_t attend_workspace(const AttendParams& p, int64_t capacity) {
   if (!splits_keys(p)) return 0;
-  return sizeof(float) * static_cast<size_t>(num_parts(p, capacity)) *
+  return sizeof(float) * static_cast<size_t>(num_parts(p, capacity, choose_places(p, capacity))) *
          static_cast<size_t>(packed_rows(p)) * (static_cast<size_t>(p.head_dim_v) + 2);
 }
 
 Status launch_attend(const AttendParams& p, const Launch& config) {
   // max_sum first: its elements have 8 bytes.
   auto* max_sum = static_cast<float2*>(config.workspace);
-  const int64_t part_rows = splits_keys(p) ? num_parts(p, config.capacity) * packed_rows(p) : 0;
+  const Places places = choose_places(p, config.capacity);
+  const int64_t part_rows =
+      splits_keys(p) ? num_parts(p, config.capacity, places) * packed_rows(p) : 0;
   const Partials partials{reinterpret_cast<float*>(max_sum + part_rows), max_sum,
-                          static_cast<int32_t>(packed_rows(p))};
+                          static_cast<int32_t>(packed_rows(p)), places};
   switch (p.dtype) {
     case DType::kFloat32:
       return launch_typed<float>(p, partials, config);

@@ -306,7 +306,7 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
   using Shape = DecodeShape<kHeadDim>;
   NAMM_DYNAMIC_SHARED(shared);
 
-  const Chunk chunk = find_chunk(p.seg, blockIdx.x);
+  const Chunk chunk = find_chunk(p.seg, partials.places, blockIdx.x);
   const QueryRows rows = query_rows(p, chunk.segment);
   const int32_t row_first = blockIdx.y * Shape::kRows;
   if (!chunk.exists || row_first >= rows.count) return;

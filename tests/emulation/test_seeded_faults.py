@@ -180,8 +180,8 @@ FAULTS = [
     ),
     *_faults(
         "window", "platform.cuh", SIMT,
-        ("tiles-of-segments", "seg.cu_seqlens_k[middle] / tile_rows + middle <= tile",
-         "seg.cu_seqlens_k[middle] / tile_rows <= tile"),
+        ("tiles-of-segments", "first_tile(middle) <= tile",
+         "first_tile(middle) - middle <= tile"),
     ),
     *_faults(
         "bam", "bam.cuh", BAM,
@@ -287,8 +287,19 @@ FAULTS = [
         "attend", "attend.cu", DECODE,
         ("combine-one-part-less", "i < num_parts; ++i) {\n    const float2 part",
          "i < num_parts - 1; ++i) {\n    const float2 part"),
-        ("combine-of-next-segment", "/ kMinChunk + segment;", "/ kMinChunk;"),
+        ("combine-of-next-segment", ">> places.shift) + segment * places.extra;", ">> places.shift);"),
         ("combine-forgets-weight", "total += ex2(max_sum[offset].x - base) *", "total += "),
+    ),
+    *_faults(
+        "attend", "attend.cuh", [attend.test_places_of_parts],
+        ("one-place-too-few-of-512", "{9, 17}", "{9, 16}"),
+        ("one-place-too-few-of-1024", "{10, 65}", "{10, 64}"),
+        ("places-of-256-rows", "int64_t{tile.row >> places.shift} * rows;", "int64_t{tile.row / kMinChunk} * rows;"),
+    ),
+    *_faults(
+        "attend", "attend.cu", [attend.test_places_of_parts],
+        ("combine-of-other-places", ">> places.shift) + segment * places.extra;", "/ kMinChunk) + segment;"),
+        ("workspace-of-the-fewest-rows", "num_parts(p, capacity, choose_places(p, capacity))", "num_parts(p, capacity / 2, choose_places(p, capacity))"),
     ),
     *_faults(
         "attend", "attend_simt.cuh", ATTEND_SIMT,
