@@ -11,14 +11,20 @@ namespace {
 
 constexpr int kMaxSplitRows = 64;  // query rows of a segment up to which its keys are split
 
-// Joins the parts of one query row, in order.
+// Joins the parts of one query row.
 //
-// Mapping   block = one packed query row of one segment; threads side by side over Dv.
+// Mapping   block = one packed query row of one segment. Warp w adds up parts w, w + 8, ..., lanes
+//           side by side over Dv; then the warps' sums are added in the order of the warps.
 // Cost      4 * Dv bytes per part and row.
-constexpr int kCombineThreads = 128;
+constexpr int kCombineThreads = 256;
+constexpr int kCombineWarps = kCombineThreads / kWarpSize;
+constexpr int kCombineColumns = 128;  // of Dv at a time
 template <class T>
 __global__ __launch_bounds__(kCombineThreads) void combine_kernel(
     const __grid_constant__ AttendParams p, const Partials partials) {
+  NAMM_SHARED(float, warp_max, kCombineWarps);
+  NAMM_SHARED(float, warp_sum, kCombineWarps);
+  NAMM_SHARED(float, warp_out, kCombineWarps* kCombineColumns);
   const int segment = blockIdx.x;
   const int32_t row = blockIdx.y;
   const QueryRows rows = query_rows(p, segment);
@@ -30,25 +36,52 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(
   const int64_t tile = (p.seg.cu_seqlens_k[segment] >> places.shift) + segment * places.extra;
   const float2* max_sum = partials.max_sum + tile * partials.rows_per_part + row;
   const float* out = partials.out + (tile * partials.rows_per_part + row) * p.head_dim_v;
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
 
   float max = -INFINITY, sum = 0.0f;
-  for (int i = 0; i < num_parts; ++i) {
+  for (int i = thread; i < num_parts; i += kCombineThreads) {
     max = fmaxf(max, max_sum[int64_t{i} * partials.rows_per_part].x);
   }
+  for (int bits = 16; bits > 0; bits /= 2) max = fmaxf(max, __shfl_xor_sync(kFullMask, max, bits));
+  if (lane == 0) warp_max[warp] = max;
+  __syncthreads();
+  for (int w = 0; w < kCombineWarps; ++w) max = fmaxf(max, warp_max[w]);
   const float base = safe_max(max);
-  for (int i = 0; i < num_parts; ++i) {
+  for (int i = thread; i < num_parts; i += kCombineThreads) {
     const float2 part = max_sum[int64_t{i} * partials.rows_per_part];
     sum += ex2(part.x - base) * part.y;
   }
-  for (int d = threadIdx.x; d < p.head_dim_v; d += kCombineThreads) {
-    float total = 0.0f;
-    for (int i = 0; i < num_parts; ++i) {
+  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kFullMask, sum, bits);
+  if (lane == 0) warp_sum[warp] = sum;
+  __syncthreads();
+  sum = 0.0f;
+  for (int w = 0; w < kCombineWarps; ++w) sum += warp_sum[w];
+  if (thread == 0) *lse_of_row(p, rows, row) = natural_lse(max, sum);
+
+  for (int first = 0; first < p.head_dim_v; first += kCombineColumns) {
+    float total[kCombineColumns / kWarpSize] = {};
+    for (int i = warp; i < num_parts; i += kCombineWarps) {
       const int64_t offset = int64_t{i} * partials.rows_per_part;
-      total += ex2(max_sum[offset].x - base) * out[offset * p.head_dim_v + d];
+      const float weight = ex2(max_sum[offset].x - base);
+#pragma unroll
+      for (int j = 0; j < kCombineColumns / kWarpSize; ++j) {
+        const int d = first + j * kWarpSize + lane;
+        if (d < p.head_dim_v) total[j] += weight * out[offset * p.head_dim_v + d];
+      }
     }
-    out_row<T>(p, rows, row)[d] = from_float<T>(total * normaliser(sum));
+    if (first > 0) __syncthreads();  // the columns before have been read
+#pragma unroll
+    for (int j = 0; j < kCombineColumns / kWarpSize; ++j) {
+      warp_out[warp * kCombineColumns + j * kWarpSize + lane] = total[j];
+    }
+    __syncthreads();
+    const int d = first + thread;
+    if (thread < kCombineColumns && d < p.head_dim_v) {
+      float value = 0.0f;
+      for (int w = 0; w < kCombineWarps; ++w) value += warp_out[w * kCombineColumns + thread];
+      out_row<T>(p, rows, row)[d] = from_float<T>(value * normaliser(sum));
+    }
   }
-  if (threadIdx.x == 0) *lse_of_row(p, rows, row) = natural_lse(max, sum);
 }
 
 int64_t packed_rows(const AttendParams& p) { return int64_t{p.num_cols} * p.num_groups; }

@@ -57,7 +57,7 @@ MLP = [partial(scores.test_mlp_scores, (9, 4, True, False), log) for log in (Fal
 RANDOM = emulated.ORDERS[2]
 DECODE = [
     partial(attend.test_decode, attend.BF16, RANDOM),
-    partial(attend.test_decode_shapes, 128, 128, 4),
+    *(partial(attend.test_decode_shapes, dim, dim, groups) for dim, groups in ((128, 4), (256, 2))),
     attend.test_decode_of_several_columns,
     partial(attend.test_queries_in_the_middle_of_a_segment, 2, False),
     partial(attend.test_queries_that_see_nothing, 1, False),
@@ -268,6 +268,7 @@ FAULTS = [
         ("decode-part-too-long", "min(chunk.end, count_visible(pos, chunk.live, rows.pos_first + row /",
          "max(chunk.end, count_visible(pos, chunk.live, rows.pos_first + row /"),
         ("decode-merge-forgets-weight", "total += weight[w] * warp_out", "total += warp_out"),
+        ("decode-merge-of-unpadded-rows", "(w * Shape::kRows + i) * Shape::kMergePitch", "(w * Shape::kRows + i) * kHeadDim"),
         ("decode-merge-before-barrier",
          "  __syncthreads();\n  for (int32_t i = warp; i <= row_last", "  for (int32_t i = warp; i <= row_last"),
         ("decode-parts-share-a-place", "int64_t{blockIdx.x} * partials.rows_per_part + row;",
@@ -285,10 +286,16 @@ FAULTS = [
     ),
     *_faults(
         "attend", "attend.cu", DECODE,
-        ("combine-one-part-less", "i < num_parts; ++i) {\n    const float2 part",
-         "i < num_parts - 1; ++i) {\n    const float2 part"),
+        ("combine-maximum-of-a-warp", "max = fmaxf(max, warp_max[w]);", ";"),
+        ("combine-no-barrier-behind-maximum", "warp_max[warp] = max;\n  __syncthreads();", "warp_max[warp] = max;"),
+        ("combine-no-barrier-behind-sum", "warp_sum[warp] = sum;\n  __syncthreads();", "warp_sum[warp] = sum;"),
+        ("combine-parts-of-first-warp", "w < kCombineWarps; ++w) value +=", "w < 1; ++w) value +="),
+        ("combine-warps-share-parts", "int i = warp; i < num_parts", "int i = 0; i < num_parts"),
+        ("combine-columns-overwritten", "if (first > 0) __syncthreads();", ""),
+        ("combine-no-barrier-behind-columns", "    __syncthreads();\n    const int d = first", "    const int d = first"),
         ("combine-of-next-segment", ">> places.shift) + segment * places.extra;", ">> places.shift);"),
-        ("combine-forgets-weight", "total += ex2(max_sum[offset].x - base) *", "total += "),
+        ("combine-forgets-weight", "total[j] += weight *", "total[j] +="),
+        ("combine-columns-behind-row", "if (d < p.head_dim_v) total[j]", "total[j]"),
     ),
     *_faults(
         "attend", "attend.cuh", [attend.test_places_of_parts],
