@@ -65,8 +65,7 @@ NAMM_DEVICE uint64_t key_of(const SelectParams& p, const Segment& seg, int32_t i
 enum class Stays : int32_t { kAll, kCandidates, kOpen, kEqual, kFirstEqual };
 struct Cut {
   uint64_t prefix;
-  int64_t remaining;
-  int32_t shift;
+  int32_t remaining, shift;
   Stays stays;  // kOpen: not found yet. kEqual: all with that prefix; kFirstEqual: the first ones
 };
 
@@ -132,14 +131,15 @@ NAMM_DEVICE Cut first_cut(const SelectParams& p, const Workspace& work, const Gr
     }
   }
   if (wanted >= live) return {0, 0, 0, Stays::kAll};
-  return {0, wanted, 64, wanted == candidates ? Stays::kCandidates : Stays::kOpen};
+  return {0, static_cast<int32_t>(wanted), 64,
+          wanted == candidates ? Stays::kCandidates : Stays::kOpen};
 }
 
 // The cut before a level, for every thread of the block: from the one before the level before and
 // the counts of that level's digit.
 NAMM_DEVICE Cut cut_before(const SelectParams& p, const Workspace& work, const Group& group,
                            int level) {
-  NAMM_SHARED(int64_t, sums, kWarps);
+  NAMM_SHARED(int32_t, sums, kWarps);
   NAMM_SHARED(Cut, found, 1);
   if (level == 0) return first_cut(p, work, group);
   const int64_t place = int64_t{group.index} * kLevels + level - 1;
@@ -150,13 +150,12 @@ NAMM_DEVICE Cut cut_before(const SelectParams& p, const Workspace& work, const G
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int top = kBins - 1 - thread * kBinsPerThread;
   const int32_t* histogram = work.histograms + place * kBins;
-  int32_t counts[kBinsPerThread];
-  int64_t mine = 0;
+  int32_t counts[kBinsPerThread], mine = 0;
 #pragma unroll
   for (int j = 0; j < kBinsPerThread; ++j) mine += counts[j] = histogram[top - j];
-  int64_t above = mine;
+  int32_t above = mine;
   for (int step = 1; step < kWarpSize; step *= 2) {
-    const int64_t other = __shfl_up_sync(kFullMask, above, step);
+    const int32_t other = __shfl_up_sync(kFullMask, above, step);
     if (lane >= step) above += other;
   }
   if (lane == kWarpSize - 1) sums[warp] = above;
@@ -167,7 +166,7 @@ NAMM_DEVICE Cut cut_before(const SelectParams& p, const Workspace& work, const G
     const int shift = shift_of(level - 1);
 #pragma unroll
     for (int j = 0; j < kBinsPerThread; ++j) {
-      const int64_t left = cut.remaining - above;
+      const int32_t left = cut.remaining - above;
       above += counts[j];
       if (left <= 0 || cut.remaining > above) continue;
       const uint64_t digit = static_cast<uint64_t>(top - j);
@@ -255,7 +254,7 @@ __global__ __launch_bounds__(kThreads) void keep_kernel(const __grid_constant__ 
       const uint64_t full = key_of(p, seg, i), key = full >> cut.shift;
       stays = key > cut.prefix || (key == cut.prefix && cut.stays == Stays::kEqual);
       if (key == cut.prefix && cut.stays == Stays::kFirstEqual) {
-        int64_t earlier = 0;
+        int32_t earlier = 0;
         for (int s = group.first; s < tile.segment; ++s) {
           earlier += count_of(work, s) >= 0 && has_key(p, segment_of(p, s), full);
         }
