@@ -65,7 +65,12 @@ struct DecodeShape {
 template <class T, int kHeadDim, int kRows, int kThreads>
 NAMM_DEVICE void load_rows(SharedAddress tile, const T* source, int32_t valid, int dim) {
   using Layout = TileLayout<kHeadDim>;
-  for (int i = threadIdx.x; i < kRows * Layout::kVectors; i += kThreads) {
+  constexpr int kCopies = kRows * Layout::kVectors / kThreads;
+  static_assert(kCopies * kThreads == kRows * Layout::kVectors, "every thread has equally many");
+  constexpr int kUnroll = kHeadDim > 128 ? 2 : kCopies;  // more would not fit the registers
+#pragma unroll kUnroll
+  for (int j = 0; j < kCopies; ++j) {
+    const int i = j * kThreads + static_cast<int>(threadIdx.x);
     const int row = i / Layout::kVectors, vector = i % Layout::kVectors;
     const bool exists = row < valid && vector * 8 < dim;
     cp_async<16>(Layout::at(tile, row, vector),

@@ -44,6 +44,7 @@ constexpr int kBamTurns = kBamParts + 2;  // of their blocks to start
 constexpr int kMinPart = 256;
 constexpr float kMaxDenominator = 1e18f;
 static_assert(kBamRows % kBamKeys == 0, "x tiles start at a row block");
+static_assert(kBamKeys * 4 % kBamThreads == 0, "every thread copies equally many chunks");
 
 // Scratch memory, one part after the other.
 struct BamWorkspace {
@@ -207,8 +208,9 @@ __global__ void __launch_bounds__(kBamThreads, 2)
   auto issue = [&](int t) {
     if (t < num_tiles) {
       const SharedAddress target = ring + t % kBamStages * kBamTileBytes;
-      for (int i = thread; i < kBamKeys * 4; i += kBamThreads) {
-        const int row = i / 4, chunk = i % 4;
+#pragma unroll
+      for (int j = 0; j < kBamKeys * 4 / kBamThreads; ++j) {
+        const int i = j * kBamThreads + thread, row = i / 4, chunk = i % 4;
         const int token = begin + t * kBamKeys + row;
         const bool valid = token < tile.live;
         const uint32_t* source =
