@@ -67,7 +67,8 @@ NAMM_DEVICE void load_rows(SharedAddress tile, const T* source, int32_t valid, i
   using Layout = TileLayout<kHeadDim>;
   constexpr int kCopies = kRows * Layout::kVectors / kThreads;
   static_assert(kCopies * kThreads == kRows * Layout::kVectors, "every thread has equally many");
-  constexpr int kUnroll = kHeadDim > 128 ? 2 : kCopies;  // more would not fit the registers
+  // More would be spilled, or take the registers of another block.
+  constexpr int kUnroll = kHeadDim <= 64 || kHeadDim > 128 ? 2 : kCopies;
 #pragma unroll kUnroll
   for (int j = 0; j < kCopies; ++j) {
     const int i = j * kThreads + static_cast<int>(threadIdx.x);
