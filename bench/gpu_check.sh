@@ -50,6 +50,10 @@ limit() {
 stages=(gpu build shapes kernels e2e model ops memcheck racecheck)
 declare -A outcome
 for stage in "${stages[@]}"; do outcome[$stage]="not run"; done
+if [ -n "$stub" ] && [ "$stub" != none ] && [ -z "${outcome[$stub]:-}" ]; then
+  echo "gpu_check: --stub must be a stage (${stages[*]}) or none, got $stub"
+  exit 2
+fi
 export NAMM_CHECK_COMMIT=${NAMM_CHECK_COMMIT:-$(git rev-parse --short HEAD 2> /dev/null || echo unknown)}
 results=${OUT:-bench/results}
 mkdir -p "$results"

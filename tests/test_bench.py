@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -330,6 +331,20 @@ def test_gpu_check_names_the_stage_that_failed(failing: str, tmp_path: Path) -> 
         ran = i <= STAGES.index(last)
         verdict = "FAILED (status 7)" if stage == failing else "passed" if ran else "not run"
         assert f"* {stage}: {verdict}\n" in text
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_gpu_check_has_these_stages(tmp_path: Path) -> None:
+    script = BENCH / "gpu_check.sh"
+    (found,) = re.findall(r"^stages=\((.*)\)$", script.read_text(), re.MULTILINE)
+    assert tuple(found.split()) == STAGES
+    result = subprocess.run(
+        ["bash", str(script), "--stub", "kernel"],
+        env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "--stub must be a stage (gpu build" in result.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -11,14 +11,20 @@ namespace {
 
 constexpr int kMaxSplitRows = 64;  // query rows of a segment up to which its keys are split
 
-// Joins the parts of one query row, in order.
+// Joins the parts of one query row.
 //
-// Mapping   block = one packed query row of one segment; threads side by side over Dv.
+// Mapping   block = one packed query row of one segment. Warp w adds up parts w, w + 8, ..., lanes
+//           side by side over Dv; then the warps' sums are added in the order of the warps.
 // Cost      4 * Dv bytes per part and row.
-constexpr int kCombineThreads = 128;
+constexpr int kCombineThreads = 256;
+constexpr int kCombineWarps = kCombineThreads / kWarpSize;
+constexpr int kCombineColumns = 128;  // of Dv at a time
 template <class T>
 __global__ __launch_bounds__(kCombineThreads) void combine_kernel(
     const __grid_constant__ AttendParams p, const Partials partials) {
+  NAMM_SHARED(float, warp_max, kCombineWarps);
+  NAMM_SHARED(float, warp_sum, kCombineWarps);
+  NAMM_SHARED(float, warp_out, kCombineWarps* kCombineColumns);
   const int segment = blockIdx.x;
   const int32_t row = blockIdx.y;
   const QueryRows rows = query_rows(p, segment);
@@ -26,35 +32,72 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(
   if (row >= rows.count || live <= size) return;  // a single part has written the result itself
   const int32_t num_parts = (live + size - 1) / size;
   // The inverse of find_tile.
-  const int64_t tile = p.seg.cu_seqlens_k[segment] / kMinChunk + segment;
+  const Places& places = partials.places;
+  const int64_t tile = (p.seg.cu_seqlens_k[segment] >> places.shift) + segment * places.extra;
   const float2* max_sum = partials.max_sum + tile * partials.rows_per_part + row;
   const float* out = partials.out + (tile * partials.rows_per_part + row) * p.head_dim_v;
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
 
   float max = -INFINITY, sum = 0.0f;
-  for (int i = 0; i < num_parts; ++i) {
+  for (int i = thread; i < num_parts; i += kCombineThreads) {
     max = fmaxf(max, max_sum[int64_t{i} * partials.rows_per_part].x);
   }
+  for (int bits = 16; bits > 0; bits /= 2) max = fmaxf(max, __shfl_xor_sync(kFullMask, max, bits));
+  if (lane == 0) warp_max[warp] = max;
+  __syncthreads();
+  for (int w = 0; w < kCombineWarps; ++w) max = fmaxf(max, warp_max[w]);
   const float base = safe_max(max);
-  for (int i = 0; i < num_parts; ++i) {
+  for (int i = thread; i < num_parts; i += kCombineThreads) {
     const float2 part = max_sum[int64_t{i} * partials.rows_per_part];
     sum += ex2(part.x - base) * part.y;
   }
-  for (int d = threadIdx.x; d < p.head_dim_v; d += kCombineThreads) {
-    float total = 0.0f;
-    for (int i = 0; i < num_parts; ++i) {
+  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kFullMask, sum, bits);
+  if (lane == 0) warp_sum[warp] = sum;
+  __syncthreads();
+  sum = 0.0f;
+  for (int w = 0; w < kCombineWarps; ++w) sum += warp_sum[w];
+  if (thread == 0) *lse_of_row(p, rows, row) = natural_lse(max, sum);
+
+  for (int first = 0; first < p.head_dim_v; first += kCombineColumns) {
+    float total[kCombineColumns / kWarpSize] = {};
+    for (int i = warp; i < num_parts; i += kCombineWarps) {
       const int64_t offset = int64_t{i} * partials.rows_per_part;
-      total += ex2(max_sum[offset].x - base) * out[offset * p.head_dim_v + d];
+      const float weight = ex2(max_sum[offset].x - base);
+#pragma unroll
+      for (int j = 0; j < kCombineColumns / kWarpSize; ++j) {
+        const int d = first + j * kWarpSize + lane;
+        if (d < p.head_dim_v) total[j] += weight * out[offset * p.head_dim_v + d];
+      }
     }
-    out_row<T>(p, rows, row)[d] = from_float<T>(total * normaliser(sum));
+    if (first > 0) __syncthreads();  // the columns before have been read
+#pragma unroll
+    for (int j = 0; j < kCombineColumns / kWarpSize; ++j) {
+      warp_out[warp * kCombineColumns + j * kWarpSize + lane] = total[j];
+    }
+    __syncthreads();
+    const int d = first + thread;
+    if (thread < kCombineColumns && d < p.head_dim_v) {
+      float value = 0.0f;
+      for (int w = 0; w < kCombineWarps; ++w) value += warp_out[w * kCombineColumns + thread];
+      out_row<T>(p, rows, row)[d] = from_float<T>(value * normaliser(sum));
+    }
   }
-  if (threadIdx.x == 0) *lse_of_row(p, rows, row) = natural_lse(max, sum);
 }
 
 int64_t packed_rows(const AttendParams& p) { return int64_t{p.num_cols} * p.num_groups; }
 bool splits_keys(const AttendParams& p) { return packed_rows(p) <= kMaxSplitRows; }
 
-int64_t num_parts(const AttendParams& p, int64_t capacity) {
-  return num_tiles(p.seg, capacity, kMinChunk);
+int64_t num_parts(const AttendParams& p, int64_t capacity, const Places& places) {
+  return num_tiles(p.seg, capacity, 1 << places.shift, places.extra);
+}
+
+// The way that takes the fewest places. Nothing that is computed depends on it.
+Places choose_places(const AttendParams& p, int64_t capacity) {
+  Places best = kPlaces[0];
+  for (const Places& other : kPlaces) {
+    if (num_parts(p, capacity, other) < num_parts(p, capacity, best)) best = other;
+  }
+  return best;
 }
 
 bool fits_tensor_cores(const AttendParams& p) {
@@ -72,7 +115,7 @@ template <class T, int kHeadDim, bool kCapped = false>
 Status launch_mma(const AttendParams& p, const Partials& partials, const Launch& config) {
   if (splits_keys(p)) {
     using Shape = DecodeShape<kHeadDim>;
-    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity)),
+    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity, partials.places)),
                     static_cast<unsigned>(ceil_div(packed_rows(p), Shape::kRows)));
     return launch(attend_decode_kernel<T, kHeadDim, kCapped>, grid, dim3(Shape::kThreads),
                   Shape::kSharedBytes, config.stream, p, partials);
@@ -89,7 +132,7 @@ Status launch_simt(const AttendParams& p, const Partials& partials, const Launch
   const size_t shared = SimtShape::shared_bytes(p.head_dim, p.head_dim_v);
   const auto row_tiles = static_cast<int>(ceil_div(packed_rows(p), SimtShape::kRows));
   if (splits_keys(p)) {
-    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity)),
+    const dim3 grid(static_cast<unsigned>(num_parts(p, config.capacity, partials.places)),
                     static_cast<unsigned>(row_tiles));
     return launch(attend_simt_kernel<T, true>, grid, dim3(SimtShape::kThreads), shared,
                   config.stream, p, partials, row_tiles);
@@ -129,16 +172,18 @@ Status launch_typed(const AttendParams& p, const Partials& partials, const Launc
 
 size_t attend_workspace(const AttendParams& p, int64_t capacity) {
   if (!splits_keys(p)) return 0;
-  return sizeof(float) * static_cast<size_t>(num_parts(p, capacity)) *
+  return sizeof(float) * static_cast<size_t>(num_parts(p, capacity, choose_places(p, capacity))) *
          static_cast<size_t>(packed_rows(p)) * (static_cast<size_t>(p.head_dim_v) + 2);
 }
 
 Status launch_attend(const AttendParams& p, const Launch& config) {
   // max_sum first: its elements have 8 bytes.
   auto* max_sum = static_cast<float2*>(config.workspace);
-  const int64_t part_rows = splits_keys(p) ? num_parts(p, config.capacity) * packed_rows(p) : 0;
+  const Places places = choose_places(p, config.capacity);
+  const int64_t part_rows =
+      splits_keys(p) ? num_parts(p, config.capacity, places) * packed_rows(p) : 0;
   const Partials partials{reinterpret_cast<float*>(max_sum + part_rows), max_sum,
-                          static_cast<int32_t>(packed_rows(p))};
+                          static_cast<int32_t>(packed_rows(p)), places};
   switch (p.dtype) {
     case DType::kFloat32:
       return launch_typed<float>(p, partials, config);

@@ -49,12 +49,22 @@ NAMM_DEVICE int32_t count_visible(const int32_t* pos, int32_t live, int32_t quer
   return low;
 }
 
-// Unnormalised results of the parts of a segment, joined by combine_kernel. Part i of segment s
-// has the number that find_tile gives to row i * kMinChunk.
+// Where the parts of segments have their place: part i of segment s is tile i of find_tile with
+// these arguments.
+struct Places {
+  int32_t shift, extra;  // 2^shift rows
+};
+// Ways that give a segment of any length enough places, live / rows + extra of them. The more rows
+// to a place, the fewer of them long segments take, and the more are lost on short ones.
+constexpr Places kPlaces[] = {{8, 1}, {9, 17}, {10, 65}};
+static_assert(kMinChunk == 1 << 8, "the shortest parts have a place each");
+
+// Unnormalised results of the parts of a segment, joined by combine_kernel.
 struct Partials {
   float* out;       // [parts, rows_per_part, Dv]
   float2* max_sum;  // [parts, rows_per_part] maximum of the base-2 logits, sum of 2^(logit - max)
   int32_t rows_per_part;  // L * G
+  Places places;
 };
 
 // Part of a segment: keys [begin, end). `whole` if it is the only one.
@@ -64,11 +74,11 @@ struct Chunk {
   bool whole, exists;
 };
 
-NAMM_DEVICE Chunk find_chunk(const Segments& seg, int tile_number) {
-  const SegmentTile tile = find_tile(seg, kMinChunk, tile_number);
+NAMM_DEVICE Chunk find_chunk(const Segments& seg, const Places& places, int number) {
+  const SegmentTile tile = find_tile(seg, 1u << places.shift, number, places.extra);
   const int32_t rows = chunk_rows(tile.live);
   // The first part exists even without keys: it writes the result of a query that sees nothing.
-  const int64_t begin = int64_t{tile.row / kMinChunk} * rows;
+  const int64_t begin = int64_t{tile.row >> places.shift} * rows;
   const bool exists = begin == 0 || begin < tile.live;
   return {tile.segment,
           tile.live,

@@ -52,7 +52,9 @@ struct DecodeShape {
   static constexpr int kStages = 3;
   static constexpr int kTileBytes = kKeys * TileLayout<kHeadDim>::kPitch;
   static constexpr int kSharedBytes = 2 * kStages * kTileBytes;
-  static constexpr int kMergeFloats = kWarps * kRows * (kHeadDim + 2);
+  // Of a row where the warps' results meet: four rows of a fragment begin in different banks.
+  static constexpr int kMergePitch = kHeadDim + 8;
+  static constexpr int kMergeFloats = kWarps * kRows * (kMergePitch + 2);
   static_assert(kRows * TileLayout<kHeadDim>::kPitch <= 2 * kTileBytes, "queries fit one stage");
   static_assert(kMergeFloats * 4 <= kSharedBytes, "the warps' results fit the stages");
   static_assert(kSharedBytes <= 99 * 1024, "what a block of sm_86 and sm_89 may have");
@@ -63,7 +65,13 @@ struct DecodeShape {
 template <class T, int kHeadDim, int kRows, int kThreads>
 NAMM_DEVICE void load_rows(SharedAddress tile, const T* source, int32_t valid, int dim) {
   using Layout = TileLayout<kHeadDim>;
-  for (int i = threadIdx.x; i < kRows * Layout::kVectors; i += kThreads) {
+  constexpr int kCopies = kRows * Layout::kVectors / kThreads;
+  static_assert(kCopies * kThreads == kRows * Layout::kVectors, "every thread has equally many");
+  // More would be spilled, or take the registers of another block.
+  constexpr int kUnroll = kHeadDim <= 64 || kHeadDim > 128 ? 2 : kCopies;
+#pragma unroll kUnroll
+  for (int j = 0; j < kCopies; ++j) {
+    const int i = j * kThreads + static_cast<int>(threadIdx.x);
     const int row = i / Layout::kVectors, vector = i % Layout::kVectors;
     const bool exists = row < valid && vector * 8 < dim;
     cp_async<16>(Layout::at(tile, row, vector),
@@ -315,7 +323,7 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
   using Shape = DecodeShape<kHeadDim>;
   NAMM_DYNAMIC_SHARED(shared);
 
-  const Chunk chunk = find_chunk(p.seg, blockIdx.x);
+  const Chunk chunk = find_chunk(p.seg, partials.places, blockIdx.x);
   const QueryRows rows = query_rows(p, chunk.segment);
   const int32_t row_first = blockIdx.y * Shape::kRows;
   if (!chunk.exists || row_first >= rows.count) return;
@@ -389,16 +397,17 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
   // The warps' results meet in shared memory and are added in the order of the warps.
   cp_async_wait<0>();
   __syncthreads();                                    // nobody reads the stages any more
-  auto* warp_out = reinterpret_cast<float*>(shared);  // [kWarps][kRows][kHeadDim]
-  float* warp_max = warp_out + Shape::kWarps * Shape::kRows * kHeadDim;  // [kWarps][kRows]
+  auto* warp_out = reinterpret_cast<float*>(shared);  // [kWarps][kRows][kMergePitch]
+  float* warp_max =
+      warp_out + Shape::kWarps * Shape::kRows * Shape::kMergePitch;  // [kWarps][kRows]
   float* warp_sum = warp_max + Shape::kWarps * Shape::kRows;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = warp * Shape::kRows + lane / 4 + 8 * h;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
-      warp_out[row * kHeadDim + n * 8 + lane % 4 * 2] = state.out[n][2 * h];
-      warp_out[row * kHeadDim + n * 8 + lane % 4 * 2 + 1] = state.out[n][2 * h + 1];
+      *reinterpret_cast<float2*>(warp_out + row * Shape::kMergePitch + n * 8 + lane % 4 * 2) =
+          make_float2(state.out[n][2 * h], state.out[n][2 * h + 1]);
     }
     if (lane % 4 == 0) {
       warp_max[row] = state.max[h];
@@ -422,7 +431,7 @@ __global__ __launch_bounds__(DecodeShape<kHeadDim>::kThreads) void attend_decode
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < Shape::kWarps; ++w) {
-        total += weight[w] * warp_out[(w * Shape::kRows + i) * kHeadDim + d];
+        total += weight[w] * warp_out[(w * Shape::kRows + i) * Shape::kMergePitch + d];
       }
       if (chunk.whole) {
         out_row<T>(p, rows, row)[d] = from_float<T>(total * factor);

@@ -42,7 +42,7 @@ __global__ __launch_bounds__(SimtShape::kThreads, SimtShape::kBlocks) void atten
   Chunk chunk{};
   int32_t row_first = 0;
   if constexpr (kSplit) {
-    chunk = find_chunk(p.seg, blockIdx.x);
+    chunk = find_chunk(p.seg, partials.places, blockIdx.x);
     row_first = blockIdx.y * kRows;
     if (!chunk.exists) return;
   } else {

@@ -25,7 +25,8 @@ size_t carve(const ScoreParams& p, int64_t capacity, void* base, BamWorkspace* w
   work->g = carver.take<uint32_t>(capacity * (kPadded / 2));
   work->c = carver.take<float>(capacity);
   work->anchor = carver.take<float>(capacity);
-  work->redo = carver.take<uint8_t>(capacity);
+  work->sums = carver.take<float2>(capacity * kBamParts);
+  work->capacity = capacity;
   return carver.used;
 }
 
@@ -40,8 +41,9 @@ Status launch_bam_scores(const ScoreParams& params, const Launch& launch) {
   BamWorkspace work;
   carve(params, launch.capacity, launch.workspace, &work);
   const auto tiles = [&](int rows) { return num_tiles(params.seg, launch.capacity, rows); };
-  Status status = gpu::launch(bam_fold_kernel, static_cast<unsigned>(params.seg.batch_size),
-                              kBamThreads, 0, launch.stream, params, work.folded);
+  const dim3 fold_grid(kFoldItems / kFoldWarps, static_cast<unsigned>(params.seg.batch_size));
+  Status status =
+      gpu::launch(bam_fold_kernel, fold_grid, kFoldThreads, 0, launch.stream, params, work.folded);
   if (status != 0) return status;
   if (launch.path == Path::kSimt) {
     return gpu::launch(bam_rows_kernel<true>, tiles(kRowsPerBlock), kBamThreads, 0, launch.stream,
@@ -50,8 +52,8 @@ Status launch_bam_scores(const ScoreParams& params, const Launch& launch) {
   status =
       gpu::launch(bam_prep_kernel, tiles(kBamThreads), kBamThreads, 0, launch.stream, params, work);
   if (status != 0) return status;
-  status = gpu::launch(bam_pairs_kernel, tiles(kBamRows), kBamThreads, kBamSharedBytes,
-                       launch.stream, params, work);
+  status = gpu::launch(bam_pairs_kernel, dim3(tiles(kBamRows), kBamTurns), kBamThreads,
+                       kBamSharedBytes, launch.stream, params, work);
   if (status != 0) return status;
   return gpu::launch(bam_rows_kernel<false>, tiles(kRowsPerBlock), kBamThreads, 0, launch.stream,
                      params, work);

@@ -7,17 +7,22 @@
 // the average of x. The self logit is the anchor: the denominator is at least 1 and no running
 // maximum is needed; rows whose sums leave the range of float are done again exactly.
 //
-// Mapping    bam_fold_kernel   one block per batch row: the parameter vector folded into A, M, ...
+// Mapping    bam_fold_kernel   one warp per row of the folded matrices, for each batch row
 //            bam_prep_kernel   one thread per token: x, z, g as fp16 [32], c, anchor
-//            bam_pairs_kernel  block = 4 warps x 64 rows; x tiles of 64 tokens through four
-//                              cp.async stages; z.x and g.x by mma.m16n8k16 (fp16), p in float
-//            bam_rows_kernel   one warp per row, float: rows the kernel above flagged, or all
+//            bam_pairs_kernel  block = 4 warps x 64 rows, and a part of the tokens they see; x
+//                              tiles of 64 tokens through four cp.async stages; z.x and g.x by
+//                              mma.m16n8k16 (fp16), p in float
+//            bam_rows_kernel   adds up the parts, in order; then, or instead, one warp per row in
+//                              float: rows out of range, or all
 // Cost       K^2 / 2 exponentials per segment; 256 flop per pair on tensor cores.
+// Balance    old rows see more than new ones. Parts are a sixth of the segment long, the whole ones
+//            start first, and all share the anchor, so that their sums just add.
 // Numerics   x, z, g rounded to fp16 (the mantissa of TF32, which the original uses), sums and p in
 //            float: a relative 1e-3 of the scores' scale at unit weights. The row kernel is float.
 // Limits     none: features beyond fp16 make infinities, and those rows are redone in float.
 #pragma once
 
+#include "bam_fold.cuh"
 #include "features.cuh"
 #include "platform.cuh"
 
@@ -33,20 +38,13 @@ constexpr int kBamKeys = 64;  // tokens of an x tile
 constexpr int kBamStages = 4;
 constexpr int kBamTileBytes = kBamKeys * kPadded * 2;
 constexpr int kBamSharedBytes = kBamStages * kBamTileBytes;
-constexpr int kRowsPerBlock = 128;  // of the row kernel
+constexpr int kRowsPerBlock = 128;        // of the row kernel
+constexpr int kBamParts = 6;              // at most, of the tokens that a block of rows sees
+constexpr int kBamTurns = kBamParts + 2;  // of their blocks to start
+constexpr int kMinPart = 256;
 constexpr float kMaxDenominator = 1e18f;
 static_assert(kBamRows % kBamKeys == 0, "x tiles start at a row block");
-
-// A folded parameter vector. Rows are padded to 28 floats so that they load as float4.
-struct Folded {
-  static constexpr int kRow = 28;
-  float z_weight[kNumFeatures][kRow];  // z = x z_weight + z_bias
-  float g_weight[kNumFeatures][kRow];
-  float z_bias[kRow], g_bias[kRow];
-  float c_weight[kRow];  // c = x c_weight + c_bias
-  float c_bias, unused[3];
-};
-static_assert(sizeof(Folded) % 16 == 0 && kNumFeatures <= Folded::kRow, "float4 loads");
+static_assert(kBamKeys * 4 % kBamThreads == 0, "every thread copies equally many chunks");
 
 // Scratch memory, one part after the other.
 struct BamWorkspace {
@@ -54,64 +52,18 @@ struct BamWorkspace {
   uint32_t* x;     // [C][16] pairs of fp16
   uint32_t* z;
   uint32_t* g;
-  float* c;       // [C]
-  float* anchor;  // [C] z.x of the row itself, from the rounded numbers
-  uint8_t* redo;  // [C]
+  float* c;          // [C]
+  float* anchor;     // [C] z.x of the row itself, from the rounded numbers
+  float2* sums;      // [kBamParts][C] numerator, denominator
+  int64_t capacity;  // C
 };
 
-__global__ void __launch_bounds__(kBamThreads)
-    bam_fold_kernel(const __grid_constant__ ScoreParams p, Folded* folded) {
-  const int b = static_cast<int>(blockIdx.x);
-  const float* w = p.params + p.param_index[b] * p.num_params;
-  const float* w1 = w + kOffsetW1;
-  const float* b1 = w + kOffsetB1;
-  const float* w2 = w + kOffsetW2;
-  const float* b2 = w + kOffsetB2;
-  const float* w3 = w + kOffsetW3;
-  constexpr int kW1 = 3 * kHidden, kW2 = 2 * kNumFeatures;
-  const float scale = kLog2E / sqrtf(static_cast<float>(kHidden));
-  Folded& out = folded[b];
-  const int thread = static_cast<int>(threadIdx.x);
-
-  for (int i = thread; i < kNumFeatures * Folded::kRow; i += kBamThreads) {
-    const int e = i / Folded::kRow, d = i % Folded::kRow;
-    float zw = 0.0f, gw = 0.0f;
-    if (d < kNumFeatures) {
-      for (int h = 0; h < kHidden; ++h) {
-        zw += w1[e * kW1 + h] * w1[d * kW1 + kHidden + h];
-        gw += w1[d * kW1 + 2 * kHidden + h] * w2[h * kW2 + kNumFeatures + e];
-      }
-    }
-    out.z_weight[e][d] = zw * scale;
-    out.g_weight[e][d] = d < kNumFeatures ? gw * w3[e] : 0.0f;
-  }
-  for (int d = thread; d < Folded::kRow; d += kBamThreads) {
-    float zb = 0.0f, gb = 0.0f, cw = 0.0f;
-    if (d < kNumFeatures) {
-      for (int h = 0; h < kHidden; ++h) {
-        float residual = 0.0f;  // w3 . W2[h, :25], what a unit of o_h adds to the score
-        for (int e = 0; e < kNumFeatures; ++e) residual += w3[e] * w2[h * kW2 + e];
-        zb += b1[h] * w1[d * kW1 + kHidden + h];
-        gb += w1[d * kW1 + 2 * kHidden + h] * residual;
-        cw += b1[2 * kHidden + h] * w2[h * kW2 + kNumFeatures + d];
-      }
-      cw = w3[d] * (1.0f + b2[kNumFeatures + d] + cw);
-    }
-    out.z_bias[d] = zb * scale;
-    out.g_bias[d] = gb;
-    out.c_weight[d] = cw;
-  }
-  if (thread == 0) {
-    float cb = w[kOffsetB3];
-    for (int e = 0; e < kNumFeatures; ++e) {
-      float average = b2[e];
-      for (int h = 0; h < kHidden; ++h) average += b1[2 * kHidden + h] * w2[h * kW2 + e];
-      cb += w3[e] * average;
-    }
-    out.c_bias = cb;
-    for (float& u : out.unused) u = 0.0f;
-  }
+// Tokens of a part. It depends on the segment's own length only, so a result does not change with
+// the batch around it.
+NAMM_DEVICE int32_t part_tokens(int32_t live) {
+  return max(kMinPart, (live + kBamParts * kBamKeys - 1) / (kBamParts * kBamKeys) * kBamKeys);
 }
+static_assert(kMinPart % kBamKeys == 0, "parts are whole x tiles");
 
 // y = x weight + bias over the padded row.
 NAMM_DEVICE void affine(const float (&x)[kNumFeatures], const float (*weight)[Folded::kRow],
@@ -210,6 +162,15 @@ __global__ void __launch_bounds__(kBamThreads, 2)
   NAMM_DYNAMIC_SHARED(shared);
   const SegmentTile tile = find_tile(p.seg, kBamRows, blockIdx.x);
   if (tile.row >= tile.live || !row_is_active(p, tile)) return;
+  // Long blocks first: whole parts, remainders of more than half a part, the other remainders.
+  const int32_t length = part_tokens(tile.live), num_whole = (tile.live - tile.row) / length;
+  const int32_t remainder = (tile.live - tile.row) % length, turn = static_cast<int>(blockIdx.y);
+  const int32_t part = min(turn, num_whole);
+  const bool mine = turn < kBamParts
+                        ? turn < num_whole
+                        : remainder > 0 && (2 * remainder <= length) == turn - kBamParts;
+  if (!mine) return;
+  const int32_t begin = tile.row + part * length, end = min(begin + length, tile.live);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int group = lane / 4, c = lane % 4;  // fragment row and column of this lane
@@ -240,16 +201,17 @@ __global__ void __launch_bounds__(kBamThreads, 2)
     }
   }
 
-  // x tiles: tokens tile.row, tile.row + 64, ... Token r of a tile is a row of four 16-byte chunks;
+  // x tiles: tokens begin, begin + 64, ... Token r of a tile is a row of four 16-byte chunks;
   // chunk i sits at i ^ (r / 2 & 3), so that eight rows of one chunk fall into eight banks.
-  const int num_tiles = (tile.live - tile.row + kBamKeys - 1) / kBamKeys;
+  const int num_tiles = (end - begin + kBamKeys - 1) / kBamKeys;
   const SharedAddress ring = shared_address(shared);
   auto issue = [&](int t) {
     if (t < num_tiles) {
       const SharedAddress target = ring + t % kBamStages * kBamTileBytes;
-      for (int i = thread; i < kBamKeys * 4; i += kBamThreads) {
-        const int row = i / 4, chunk = i % 4;
-        const int token = tile.row + t * kBamKeys + row;
+#pragma unroll
+      for (int j = 0; j < kBamKeys * 4 / kBamThreads; ++j) {
+        const int i = j * kBamThreads + thread, row = i / 4, chunk = i % 4;
+        const int token = begin + t * kBamKeys + row;
         const bool valid = token < tile.live;
         const uint32_t* source =
             work.x + (tile.start + (valid ? token : tile.row)) * (kPadded / 2) + chunk * 4;
@@ -270,7 +232,7 @@ __global__ void __launch_bounds__(kBamThreads, 2)
     cp_async_wait<kBamStages - 2>();
     __syncthreads();
     issue(t + kBamStages - 1);
-    const int first = tile.row + t * kBamKeys;
+    const int first = begin + t * kBamKeys;
     // Tiles older than all rows of the warp are masked away entirely.
     if (!warp_live || first + kBamKeys <= warp_row) continue;
     const bool masked = first < warp_row + kBamWarpRows || first + kBamKeys > tile.live;
@@ -323,11 +285,7 @@ __global__ void __launch_bounds__(kBamThreads, 2)
       den += __shfl_xor_sync(kFullMask, den, 2);
       const int row = warp_row + mt * 16 + half * 8 + group;
       if (c == 0 && row < tile.live) {
-        const float score = num / den;
-        // The comparisons are false for NaN.
-        const bool good = den <= kMaxDenominator && fabsf(score) <= 1e30f;
-        p.scores[tile.start + row] = score;
-        work.redo[tile.start + row] = !good;
+        work.sums[part * work.capacity + tile.start + row] = make_float2(num, den);
       }
     }
   }
@@ -370,7 +328,20 @@ __global__ void __launch_bounds__(kBamThreads)
   float* z = row_vectors + warp * 2 * kPadded;
   float* g = z + kPadded;
   bool todo = warp_row + lane < tile.live;
-  if (!kAllRows) todo = todo && work.redo[tile.start + warp_row + lane];
+  if (!kAllRows && todo) {
+    const int row = warp_row + lane, seen = tile.live - row / kBamRows * kBamRows;
+    const int64_t token = tile.start + row;
+    float num = 0.0f, den = 0.0f;
+    for (int part = 0; part * part_tokens(tile.live) < seen; ++part) {
+      const float2 sums = work.sums[part * work.capacity + token];
+      num += sums.x;
+      den += sums.y;
+    }
+    const float score = num / den;
+    // The comparisons are false for NaN.
+    todo = !(den <= kMaxDenominator && fabsf(score) <= 1e30f);
+    p.scores[token] = score;
+  }
   unsigned rows = __ballot_sync(kFullMask, todo);
   const int newest = p.pos[tile.start + tile.live - 1];
 

@@ -311,25 +311,32 @@ struct SegmentTile {
 };
 
 // The flat work list. Tile number t of the grid belongs to the last segment s with
-// cu_seqlens_k[s] / tile_rows + s <= t. That leaves every segment at least as many tiles as its
-// slot needs, and the whole grid needs no list and no host copy of the lengths.
-NAMM_DEVICE SegmentTile find_tile(const Segments& seg, int tile_rows, int tile) {
+// cu_seqlens_k[s] / tile_rows + s * extra <= t. With one extra tile that leaves every segment at
+// least as many as its slot needs, and the whole grid needs no list and no host copy of the
+// lengths.
+NAMM_DEVICE SegmentTile find_tile(const Segments& seg, uint32_t tile_rows, int tile,
+                                  int extra = 1) {
+  // Unsigned, so that a division by a power of two is a shift.
+  const auto first_tile = [&](int s) {
+    return static_cast<int>(static_cast<uint32_t>(seg.cu_seqlens_k[s]) / tile_rows) + s * extra;
+  };
   int low = 0, high = seg.batch_size * seg.num_kv_heads;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (seg.cu_seqlens_k[middle] / tile_rows + middle <= tile) {
+    if (first_tile(middle) <= tile) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  const int32_t start = seg.cu_seqlens_k[low];
-  return {low, (tile - start / tile_rows - low) * tile_rows, seg.seqused_k[low], start};
+  return {low, (tile - first_tile(low)) * static_cast<int>(tile_rows), seg.seqused_k[low],
+          seg.cu_seqlens_k[low]};
 }
 
 // Tiles of a grid over a store of `capacity` rows, for find_tile.
-inline unsigned num_tiles(const Segments& seg, int64_t capacity, int tile_rows) {
-  return static_cast<unsigned>(capacity / tile_rows + int64_t{seg.batch_size} * seg.num_kv_heads);
+inline unsigned num_tiles(const Segments& seg, int64_t capacity, int tile_rows, int extra = 1) {
+  return static_cast<unsigned>(capacity / tile_rows +
+                               int64_t{seg.batch_size} * seg.num_kv_heads * extra);
 }
 
 // ---- bounded logits

@@ -1,27 +1,31 @@
 // select: which rows stay.
 //
-// Mapping   counting: one block per segment. Deciding: one block per segment, or per batch row
-//           where its segments share the budget. A cut is a radix select over one 64-bit integer
-//           per row (forced, score, position), eight bits at a time from the top, that stops as
-//           soon as a whole bucket stays.
-// Cost      8 bytes per row and pass: one pass to count, one to write, up to eight more only in
-//           segments that a budget or fill really cuts.
+// Mapping   block = 2,048 rows of a segment. One launch counts the rows that may stay; where a
+//           budget or fill can cut them, six find the cut of each group (a segment, or the segments
+//           of a batch row that share a budget); one writes keep. A cut is a radix select over one
+//           64-bit integer per row (forced, score, position) from the top, eleven bits a launch:
+//           every block adds its counts of a digit to the group's, and the blocks of the next
+//           launch find the digit in them. Groups that are decided are left alone.
+// Cost      8 bytes per row and launch; at random scores three of the six look at rows.
 // Numerics  none: the order of the integers is the rule, so every device decides alike. Integer
-//           counts only; equal integers go to the earlier segment, then to the earlier row.
-// Limits    positions are not negative, cache_size is -1 or at least 1. A segment is one block's
-//           work, however long.
+//           counts only; equal integers go to the earlier segment.
+// Limits    positions are not negative and increase inside a segment, cache_size is -1 or at
+// least 1.
 #include "platform.cuh"
 
 namespace namm_ext::gpu {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kDigitBits = 8;
+constexpr int kTileRows = 2048;
+constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
-constexpr int kBinsPerLane = kBins / kWarpSize;
-static_assert(kWarps == kWarpSize, "one warp adds up the warps' sums");
-static_assert(64 % kDigitBits == 0, "the passes cover the key");
+constexpr int kBinsPerThread = kBins / kThreads;
+constexpr int kLevels = (64 + kDigitBits - 1) / kDigitBits;
+
+// Bits below digit number `level`; the last digit is shorter.
+NAMM_DEVICE int shift_of(int level) { return max(64 - kDigitBits * (level + 1), 0); }
 
 // Greater means it stays longer. The newest row of a segment is above all others.
 constexpr uint64_t kNewest = ~uint64_t{0};
@@ -56,227 +60,257 @@ NAMM_DEVICE uint64_t key_of(const SelectParams& p, const Segment& seg, int32_t i
   return forced << 63 | uint64_t{bits} << 31 | (static_cast<uint32_t>(pos) & 0x7fffffffu);
 }
 
-// Sum over the block, for every thread. shared: kWarps + 1 numbers.
-NAMM_DEVICE int64_t block_sum(int64_t value, int64_t* shared) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(kFullMask, value, bits);
-  if (lane == 0) shared[warp] = value;
-  __syncthreads();
-  if (warp == 0) {
-    int64_t sum = shared[lane];
-    for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kFullMask, sum, bits);
-    if (lane == 0) shared[kWarps] = sum;
-  }
-  __syncthreads();
-  const int64_t sum = shared[kWarps];
-  __syncthreads();  // the next call may write
-  return sum;
-}
-
-// Rows that may stay, or -1 if a score is NaN; inactive batch rows keep everything.
-__global__ __launch_bounds__(kThreads) void count_kernel(const __grid_constant__ SelectParams p,
-                                                         int32_t* counts) {
-  NAMM_SHARED(int64_t, sums, kWarps + 1);
-  const int s = blockIdx.x;
-  const Segment seg = segment_of(p, s);
-  const bool active = p.active[s / p.seg.num_kv_heads] != 0;
-  int64_t count = 0;  // candidates, and NaN scores from bit 32 on
-  for (int32_t i = threadIdx.x; i < seg.live; i += kThreads) {
-    if (active) {
-      const float score = p.scores[seg.start + i];
-      count += is_candidate(p, seg, i);
-      count += static_cast<int64_t>(score != score) << 32;
-    } else {
-      p.keep[seg.start + i] = 1;
-    }
-  }
-  count = block_sum(count, sums);
-  if (threadIdx.x == 0) {
-    counts[s] = count >> 32 ? -1 : static_cast<int32_t>(count);
-    if (!active) p.num_kept[s] = seg.live;
-  }
-}
-
-// Where the cut lies: rows with key > bound stay, and of those with key == bound (after dropping
-// the low `shift` bits of both) the first `equal` ones.
+// Where the cut of a group lies. Rows with key >> shift above `prefix` stay, and of those with
+// key >> shift == prefix `remaining`.
+enum class Stays : int32_t { kAll, kCandidates, kOpen, kEqual, kFirstEqual };
 struct Cut {
-  uint64_t bound;
-  int shift;
-  int64_t equal;
-  bool all_equal;  // every row with key == bound stays
+  uint64_t prefix;
+  int32_t remaining, shift;
+  Stays stays;  // kOpen: not found yet. kEqual: all with that prefix; kFirstEqual: the first ones
 };
 
-struct SelectShared {
-  int32_t* histogram;    // kBins
-  int64_t* sums;         // kWarps + 1
-  int32_t* warp_counts;  // kWarps
-  int32_t* digit;        // chosen bin
-  int64_t* found;        // rows above the bin, rows inside the bin
+// Scratch memory. counts and histograms begin as zeros.
+struct Workspace {
+  unsigned long long* counts;  // [S] rows that may stay, and NaN scores from bit 32 on
+  int32_t* histograms;         // [groups][kLevels][kBins]
+  Cut* cuts;                   // [groups][kLevels], before each level
 };
 
-// The `wanted` greatest keys of the segments [first, last), those with a NaN left out.
-NAMM_DEVICE Cut find_cut(const SelectParams& p, const int32_t* counts, int first, int last,
-                         int64_t wanted, const SelectShared& shared) {
-  uint64_t prefix = 0;
-  int64_t remaining = wanted;
-  for (int shift = 64 - kDigitBits;; shift -= kDigitBits) {
-    for (int i = threadIdx.x; i < kBins; i += kThreads) shared.histogram[i] = 0;
-    __syncthreads();
-    for (int s = first; s < last; ++s) {
-      if (counts[s] < 0) continue;
-      const Segment seg = segment_of(p, s);
-      for (int32_t i = threadIdx.x; i < seg.live; i += kThreads) {
-        const uint64_t key = key_of(p, seg, i) >> shift;
-        if (shift == 64 - kDigitBits || key >> kDigitBits == prefix) {
-          atomicAdd(&shared.histogram[key & (kBins - 1)], 1);
-        }
-      }
-    }
-    __syncthreads();
-    if (threadIdx.x < kWarpSize) {
-      // Lane 0 has the greatest digits.
-      const int lane = threadIdx.x, top = kBins - 1 - lane * kBinsPerLane;
-      int64_t mine = 0;
-      for (int j = 0; j < kBinsPerLane; ++j) mine += shared.histogram[top - j];
-      int64_t above = mine;
-      for (int step = 1; step < kWarpSize; step *= 2) {
-        const int64_t other = __shfl_up_sync(kFullMask, above, step);
-        if (lane >= step) above += other;
-      }
-      above -= mine;
-      if (above < remaining && remaining <= above + mine) {
-        for (int j = 0; j < kBinsPerLane; ++j) {
-          const int32_t inside = shared.histogram[top - j];
-          if (remaining <= above + inside) {
-            *shared.digit = top - j;
-            shared.found[0] = above;
-            shared.found[1] = inside;
-            break;
-          }
-          above += inside;
-        }
-      }
-    }
-    __syncthreads();
-    prefix = prefix << kDigitBits | static_cast<uint64_t>(*shared.digit);
-    remaining -= shared.found[0];
-    const bool all_equal = remaining == shared.found[1];
-    __syncthreads();  // digit and found are read, the histogram may be cleared
-    if (all_equal || shift == 0) return {prefix, shift, remaining, all_equal};
-  }
+// Rows of a segment that may stay, or -1 if a score is NaN.
+NAMM_DEVICE int64_t count_of(const Workspace& work, int s) {
+  const unsigned long long count = work.counts[s];
+  return count >> 32 ? -1 : static_cast<int64_t>(count);
 }
 
-// Writes keep and num_kept of the segments [first, last) after a cut.
-NAMM_DEVICE void apply_cut(const SelectParams& p, const int32_t* counts, int first, int last,
-                           const Cut& cut, const SelectShared& shared) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  int64_t equal_left = cut.equal;
-  for (int s = first; s < last; ++s) {
-    if (counts[s] < 0) continue;
-    const Segment seg = segment_of(p, s);
-    int64_t kept = 0;
-    for (int32_t base = 0; base < seg.live; base += kThreads) {
-      const int32_t i = base + threadIdx.x;
-      const bool exists = i < seg.live;
-      const uint64_t key = exists ? key_of(p, seg, i) >> cut.shift : 0;
-      bool stays = exists && (key > cut.bound || (key == cut.bound && cut.all_equal));
-      if (!cut.all_equal) {
-        // The first equal rows in order of segment and row.
-        const bool equal = exists && key == cut.bound;
-        const unsigned ballot = __ballot_sync(kFullMask, equal);
-        if (lane == 0) shared.warp_counts[warp] = __popc(ballot);
-        __syncthreads();
-        int64_t rank = __popc(ballot & ((1u << lane) - 1u)), total = 0;
-        for (int w = 0; w < kWarps; ++w) {
-          if (w < warp) rank += shared.warp_counts[w];
-          total += shared.warp_counts[w];
-        }
-        __syncthreads();
-        stays = stays || (equal && rank < equal_left);
-        equal_left = max(int64_t{0}, equal_left - total);
-      }
-      if (exists) p.keep[seg.start + i] = stays;
-      kept += stays;
-    }
-    kept = block_sum(kept, shared.sums);
-    if (threadIdx.x == 0) p.num_kept[s] = static_cast<int32_t>(kept);
+__global__ __launch_bounds__(kThreads) void count_kernel(const __grid_constant__ SelectParams p,
+                                                         const Workspace work) {
+  const SegmentTile tile = find_tile(p.seg, kTileRows, blockIdx.x);
+  if (tile.row == 0 && threadIdx.x == 0) p.num_kept[tile.segment] = 0;
+  if (tile.row >= tile.live || !p.active[tile.segment / p.seg.num_kv_heads]) return;
+  const Segment seg = segment_of(p, tile.segment);
+  unsigned long long count = 0;
+  const int32_t end = min(tile.row + kTileRows, tile.live);
+  for (int32_t i = tile.row + threadIdx.x; i < end; i += kThreads) {
+    const float score = p.scores[seg.start + i];
+    count += is_candidate(p, seg, i) + (static_cast<unsigned long long>(score != score) << 32);
   }
+  for (int bits = 16; bits > 0; bits /= 2) count += __shfl_xor_sync(kFullMask, count, bits);
+  if (threadIdx.x % kWarpSize == 0 && count > 0) atomicAdd(&work.counts[tile.segment], count);
 }
 
-// kShared: a block decides for all segments of a batch row.
+// The segments [first, last) that share a budget.
+struct Group {
+  int index, first, last;
+};
+
 template <bool kShared>
-__global__ __launch_bounds__(kThreads) void decide_kernel(const __grid_constant__ SelectParams p,
-                                                          const int32_t* counts) {
-  NAMM_SHARED(int32_t, histogram, kBins);
-  NAMM_SHARED(int64_t, sums, kWarps + 1);
-  NAMM_SHARED(int32_t, warp_counts, kWarps);
-  NAMM_SHARED(int32_t, digit, 1);
-  NAMM_SHARED(int64_t, found, 2);
-  const SelectShared shared{histogram, sums, warp_counts, digit, found};
-
+NAMM_DEVICE Group group_of(const SelectParams& p, int segment) {
   const int heads = p.seg.num_kv_heads;
-  const int b = kShared ? blockIdx.x : blockIdx.x / heads;
-  if (p.active[b] == 0) return;
-  const int first = kShared ? b * heads : blockIdx.x;
-  const int last = kShared ? first + heads : first + 1;
+  if (!kShared) return {segment, segment, segment + 1};
+  return {segment / heads, segment / heads * heads, (segment / heads + 1) * heads};
+}
 
+// What the rule says without looking at rows. Segments with a NaN are left out.
+NAMM_DEVICE Cut first_cut(const SelectParams& p, const Workspace& work, const Group& group) {
   int64_t candidates = 0, live = 0;
-  for (int s = first; s < last; ++s) {
-    if (counts[s] < 0) {
-      for (int32_t i = threadIdx.x; i < p.seg.seqused_k[s]; i += kThreads) {
-        p.keep[p.seg.cu_seqlens_k[s] + i] = 0;
-      }
-      if (threadIdx.x == 0) p.num_kept[s] = -1;
-    } else {
-      candidates += counts[s];
-      live += p.seg.seqused_k[s];
-    }
+  for (int s = group.first; s < group.last; ++s) {
+    const int64_t count = count_of(work, s);
+    if (count < 0) continue;
+    candidates += count;
+    live += p.seg.seqused_k[s];
   }
   int64_t wanted = candidates;
   if (p.cache_size >= 0) {
-    wanted = min(wanted, int64_t{p.cache_size} * (last - first));
+    wanted = min(wanted, int64_t{p.cache_size} * (group.last - group.first));
   }
-  if (p.fill && counts[blockIdx.x] >= 0) {  // budget is per head
-    for (int s = b * heads; s < (b + 1) * heads; ++s) {
-      const int64_t other = counts[s];
+  if (p.fill) {  // budget is per head
+    const int row = group.first / p.seg.num_kv_heads * p.seg.num_kv_heads;
+    for (int s = row; s < row + p.seg.num_kv_heads; ++s) {
+      const int64_t other = count_of(work, s);
       wanted = max(wanted, p.cache_size >= 0 ? min(other, int64_t{p.cache_size}) : other);
     }
   }
+  if (wanted >= live) return {0, 0, 0, Stays::kAll};
+  return {0, static_cast<int32_t>(wanted), 64,
+          wanted == candidates ? Stays::kCandidates : Stays::kOpen};
+}
 
-  if (wanted == candidates || wanted >= live) {
-    const bool all = wanted >= live;
-    for (int s = first; s < last; ++s) {
-      if (counts[s] < 0) continue;
-      const Segment seg = segment_of(p, s);
-      for (int32_t i = threadIdx.x; i < seg.live; i += kThreads) {
-        p.keep[seg.start + i] = all || is_candidate(p, seg, i);
-      }
-      if (threadIdx.x == 0) p.num_kept[s] = all ? seg.live : counts[s];
+// The cut before a level, for every thread of the block: from the one before the level before and
+// the counts of that level's digit.
+NAMM_DEVICE Cut cut_before(const SelectParams& p, const Workspace& work, const Group& group,
+                           int level) {
+  NAMM_SHARED(int32_t, sums, kWarps);
+  NAMM_SHARED(Cut, found, 1);
+  if (level == 0) return first_cut(p, work, group);
+  const int64_t place = int64_t{group.index} * kLevels + level - 1;
+  const Cut cut = work.cuts[place];
+  if (cut.stays != Stays::kOpen) return cut;
+
+  // Thread 0 has the greatest digits.
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int top = kBins - 1 - thread * kBinsPerThread;
+  const int32_t* histogram = work.histograms + place * kBins;
+  int32_t counts[kBinsPerThread], mine = 0;
+#pragma unroll
+  for (int j = 0; j < kBinsPerThread; ++j) mine += counts[j] = histogram[top - j];
+  int32_t above = mine;
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int32_t other = __shfl_up_sync(kFullMask, above, step);
+    if (lane >= step) above += other;
+  }
+  if (lane == kWarpSize - 1) sums[warp] = above;
+  __syncthreads();
+  above -= mine;
+  for (int w = 0; w < warp; ++w) above += sums[w];
+  if (above < cut.remaining && cut.remaining <= above + mine) {
+    const int shift = shift_of(level - 1);
+#pragma unroll
+    for (int j = 0; j < kBinsPerThread; ++j) {
+      const int32_t left = cut.remaining - above;
+      above += counts[j];
+      if (left <= 0 || cut.remaining > above) continue;
+      const uint64_t digit = static_cast<uint64_t>(top - j);
+      *found = {cut.prefix << (cut.shift - shift) | digit, left, shift,
+                left == counts[j] ? Stays::kEqual
+                : shift == 0      ? Stays::kFirstEqual
+                                  : Stays::kOpen};
     }
+  }
+  __syncthreads();
+  return *found;
+}
+
+template <bool kShared>
+__global__ __launch_bounds__(kThreads) void histogram_kernel(const __grid_constant__ SelectParams p,
+                                                             const Workspace work, int level) {
+  NAMM_SHARED(int32_t, histogram, kBins);
+  const SegmentTile tile = find_tile(p.seg, kTileRows, blockIdx.x);
+  if (!p.active[tile.segment / p.seg.num_kv_heads]) return;
+  const Group group = group_of<kShared>(p, tile.segment);
+  const bool writes = tile.segment == group.first && tile.row == 0;
+  if (!writes && tile.row >= tile.live) return;
+  const Cut cut = cut_before(p, work, group, level);
+  const int64_t place = int64_t{group.index} * kLevels + level;
+  if (writes && threadIdx.x == 0) work.cuts[place] = cut;
+  if (cut.stays != Stays::kOpen || count_of(work, tile.segment) < 0) return;
+
+  for (int i = threadIdx.x; i < kBins; i += kThreads) histogram[i] = 0;
+  __syncthreads();
+  const Segment seg = segment_of(p, tile.segment);
+  const int32_t end = min(tile.row + kTileRows, tile.live);
+  const int shift = shift_of(level), bits = cut.shift - shift;
+  for (int32_t i = tile.row + threadIdx.x; i < end; i += kThreads) {
+    const uint64_t key = key_of(p, seg, i) >> shift;
+    if (level == 0 || key >> bits == cut.prefix) {
+      atomicAdd(&histogram[key & ((1u << bits) - 1u)], 1);
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kBins; i += kThreads) {
+    if (histogram[i] > 0) atomicAdd(&work.histograms[place * kBins + i], histogram[i]);
+  }
+}
+
+// Whether a segment has a row with that key. There is one at most: positions differ. Not for
+// kNewest: a shared budget holds the newest row of every segment.
+NAMM_DEVICE bool has_key(const SelectParams& p, const Segment& seg, uint64_t key) {
+  const auto pos = static_cast<int32_t>(key & 0x7fffffffu);
+  int32_t low = 0, high = seg.live;
+  while (low < high) {
+    const int32_t middle = (low + high) / 2;
+    if (p.pos[seg.start + middle] < pos) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < seg.live && key_of(p, seg, low) == key;
+}
+
+// levels: that have run, 0 or kLevels.
+template <bool kShared>
+__global__ __launch_bounds__(kThreads) void keep_kernel(const __grid_constant__ SelectParams p,
+                                                        const Workspace work, int levels) {
+  const SegmentTile tile = find_tile(p.seg, kTileRows, blockIdx.x);
+  if (tile.row >= tile.live) return;
+  const Segment seg = segment_of(p, tile.segment);
+  const int32_t end = min(tile.row + kTileRows, tile.live);
+  const bool active = p.active[tile.segment / p.seg.num_kv_heads];
+  if (!active || count_of(work, tile.segment) < 0) {
+    for (int32_t i = tile.row + threadIdx.x; i < end; i += kThreads) {
+      p.keep[seg.start + i] = !active;
+    }
+    if (tile.row == 0 && threadIdx.x == 0) p.num_kept[tile.segment] = active ? -1 : tile.live;
     return;
   }
-  const Cut cut = find_cut(p, counts, first, last, wanted, shared);
-  apply_cut(p, counts, first, last, cut, shared);
+  const Group group = group_of<kShared>(p, tile.segment);
+  const Cut cut = cut_before(p, work, group, levels);
+  int32_t kept = 0;
+  for (int32_t i = tile.row + threadIdx.x; i < end; i += kThreads) {
+    bool stays = true;
+    if (cut.stays == Stays::kCandidates) {
+      stays = is_candidate(p, seg, i);
+    } else if (cut.stays != Stays::kAll) {
+      const uint64_t full = key_of(p, seg, i), key = full >> cut.shift;
+      stays = key > cut.prefix || (key == cut.prefix && cut.stays == Stays::kEqual);
+      if (key == cut.prefix && cut.stays == Stays::kFirstEqual) {
+        int32_t earlier = 0;
+        for (int s = group.first; s < tile.segment; ++s) {
+          earlier += count_of(work, s) >= 0 && has_key(p, segment_of(p, s), full);
+        }
+        stays = earlier < cut.remaining;
+      }
+    }
+    p.keep[seg.start + i] = stays;
+    kept += stays;
+  }
+  for (int bits = 16; bits > 0; bits /= 2) kept += __shfl_xor_sync(kFullMask, kept, bits);
+  if (threadIdx.x % kWarpSize == 0 && kept > 0) atomicAdd(&p.num_kept[tile.segment], kept);
+}
+
+bool is_shared(const SelectParams& p) { return p.budget == Budget::kPerLayer && p.cache_size >= 0; }
+// Whether a cut may be needed.
+bool may_cut(const SelectParams& p) { return p.cache_size >= 0 || p.fill; }
+
+// The parts of the workspace, and where each ends. Sizes of the first two are multiples of 8 bytes.
+struct Layout {
+  size_t counts, histograms, cuts;
+  explicit Layout(const SelectParams& p) {
+    const auto segments = static_cast<size_t>(p.seg.batch_size) * p.seg.num_kv_heads;
+    const size_t groups = !may_cut(p) ? 0 : is_shared(p) ? p.seg.batch_size : segments;
+    counts = segments * sizeof(unsigned long long);
+    histograms = counts + groups * kLevels * kBins * sizeof(int32_t);
+    cuts = histograms + groups * kLevels * sizeof(Cut);
+  }
+};
+
+template <bool kShared>
+Status launch_typed(const SelectParams& p, const Launch& config, const Workspace& work) {
+  const dim3 grid(num_tiles(p.seg, config.capacity, kTileRows));
+  const auto run = [&](auto* kernel, auto... args) {
+    return launch(kernel, grid, dim3(kThreads), 0, config.stream, p, work, args...);
+  };
+  Status status = run(count_kernel);
+  const int levels = may_cut(p) ? kLevels : 0;
+  for (int level = 0; status == 0 && level < levels; ++level) {
+    status = run(histogram_kernel<kShared>, level);
+  }
+  return status != 0 ? status : run(keep_kernel<kShared>, levels);
 }
 
 }  // namespace
 
-size_t select_workspace(const SelectParams& p, int64_t) {
-  return sizeof(int32_t) * static_cast<size_t>(p.seg.batch_size) * p.seg.num_kv_heads;
-}
+size_t select_workspace(const SelectParams& p, int64_t) { return Layout(p).cuts; }
 
 Status launch_select(const SelectParams& p, const Launch& config) {
-  const auto segments = static_cast<unsigned>(p.seg.batch_size * p.seg.num_kv_heads);
-  auto* counts = static_cast<int32_t*>(config.workspace);
-  const Status status =
-      launch(count_kernel, dim3(segments), dim3(kThreads), 0, config.stream, p, counts);
+  const Layout layout(p);
+  auto* base = static_cast<unsigned char*>(config.workspace);
+  const Workspace work{reinterpret_cast<unsigned long long*>(base),
+                       reinterpret_cast<int32_t*>(base + layout.counts),
+                       reinterpret_cast<Cut*>(base + layout.histograms)};
+  const Status status = fill_bytes(base, 0, layout.histograms, config.stream);
   if (status != 0) return status;
-  if (p.budget == Budget::kPerLayer && p.cache_size >= 0) {
-    return launch(decide_kernel<true>, dim3(static_cast<unsigned>(p.seg.batch_size)),
-                  dim3(kThreads), 0, config.stream, p, static_cast<const int32_t*>(counts));
-  }
-  return launch(decide_kernel<false>, dim3(segments), dim3(kThreads), 0, config.stream, p,
-                static_cast<const int32_t*>(counts));
+  return is_shared(p) ? launch_typed<true>(p, config, work) : launch_typed<false>(p, config, work);
 }
 
 }  // namespace namm_ext::gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import emulated
@@ -141,6 +142,26 @@ def test_decode(dtype, order):
     # One part, two parts with a short tail, three parts; a segment with a single row.
     store = make_store([[256, 300], [1, 530]], 64, dtype=dtype, num_tail=1)
     check(store, make_queries(store, 4, [1, 1], [0, 0], 1), order=order)
+
+
+def test_places_of_parts():
+    """Both ways to give the parts of long segments a place, each with one that just fits."""
+    # 128 parts of 512 keys, none, 32 of 256.
+    store = make_store([[65529, 0, 8180]], 64, dtype=BF16, num_tail=1)
+    new = make_queries(store, 1, [1], [0], 1)
+    first, other = check(store, new), run(store, new, launch_capacity=200_000)
+    assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert workspace_bytes(store.capacity) // 4 == (store.capacity // 512 + 3 * 17) * 66
+
+
+def workspace_bytes(capacity: int) -> int:
+    """Of one query row per segment, three segments, head_dim 64."""
+    params = emulated.AttendParams()
+    params.seg.batch_size, params.seg.num_kv_heads = 1, 3
+    params.num_groups, params.num_cols, params.head_dim_v = 1, 1, 64
+    return emulated.library().emulated_workspace(
+        b"attend", ctypes.byref(params), ctypes.c_int64(capacity)
+    )
 
 
 @pytest.mark.parametrize(

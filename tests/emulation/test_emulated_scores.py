@@ -97,6 +97,14 @@ FLOAT = 3e-6
 HALF = 2e-3  # x, z and g in fp16; kernels.md section 15
 
 
+def check_not_repaired(got: Tensor, x: Sample) -> None:
+    """A fault that makes NaN would be repaired by the row kernel. A repaired row has its bits, and
+    rounding to fp16 gives them to hardly any other."""
+    scored = x.store.live & (got != 0)
+    repaired = got[scored] == run("bam_scores", x, simt=True)[scored]
+    assert repaired.float().mean() < 0.05, "rows were done again without need"
+
+
 @pytest.mark.parametrize("log_transform", [False, True])
 @pytest.mark.parametrize("simt", [False, True], ids=["mma", "simt"])
 def test_bam_scores(simt: bool, log_transform: bool) -> None:
@@ -106,12 +114,20 @@ def test_bam_scores(simt: bool, log_transform: bool) -> None:
     got = run("bam_scores", x, log_transform, simt=simt)
     check(got, expected("bam_scores", x, log_transform), x, FLOAT if simt else HALF)
     if not simt and not log_transform:  # logarithms are clamped at 20 and do leave the range
-        # A fault that makes NaN would be repaired by the row kernel. A repaired row has its bits,
-        # and rounding to fp16 gives them to hardly any other.
-        scored = x.store.live & (got != 0)
-        repaired = got[scored] == run("bam_scores", x, log_transform, simt=True)[scored]
-        assert repaired.float().mean() < 0.05, "rows were done again without need"
+        check_not_repaired(got, x)
     assert (got[x.store.slices()[3]] == 0).all()
+
+
+def test_bam_scores_in_parts() -> None:
+    """Six whole parts, remainders of all lengths, one part; a segment alone has the same bits."""
+    x = make_sample([[1920, 770, 256]])
+    got = run("bam_scores", x, order=(3, 5))
+    check(got, expected("bam_scores", x), x, HALF)
+    alone = replace(x, store=x.store.part(1, 2))
+    live = alone.store.live
+    start = int(x.store.cu_seqlens_k[1])
+    assert torch.equal(run("bam_scores", alone)[live], got[start:][: live.numel()][live])
+    check_not_repaired(got, x)
 
 
 def test_bam_scores_at_unit_weights() -> None:

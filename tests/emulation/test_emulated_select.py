@@ -117,10 +117,11 @@ def test_select_orders(rule, order):
     check(store, make_scores(store, "ties"), order, **RULES[rule])
 
 
-@pytest.mark.parametrize("rule", ["budget", "fill", "layer"])
-def test_segment_longer_than_a_block(rule):
-    store = make_store([[1100, 30]])
-    check(store, make_scores(store, "ties"), (3, 0), active=[True], **RULES[rule])
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("rule", ["threshold", "budget", "fill", "layer", "layer_no_threshold"])
+def test_segment_of_several_blocks(rule, kind):
+    store = make_store([[2200, 30], [7, 4100]])
+    check(store, make_scores(store, kind), (3, 7), **RULES[rule])
 
 
 @pytest.mark.parametrize("rule", ["threshold", "budget", "fill", "layer", "layer_no_threshold"])
@@ -131,6 +132,16 @@ def test_nan_is_reported_and_poisons_its_segment_only(rule):
     _, num_kept = check(store, scores, **RULES[rule])
     assert num_kept[1] == -1
     assert bool((num_kept[[0, 2, 3]] >= 0).all())
+
+
+def test_nan_takes_nothing_of_a_shared_budget():
+    # One row too many, and a segment with a NaN beside it.
+    store = make_store([[21, 30]])
+    scores = make_scores(store, "normal")
+    scores[int(store.cu_seqlens_k[1])] = math.nan
+    _, num_kept = check(store, scores, active=[True], budget="per_layer", cache_size=10,
+                        threshold=-math.inf)  # fmt: skip
+    assert num_kept.tolist() == [20, -1]
 
 
 @pytest.mark.parametrize("rule", ["threshold", "fill_budget", "layer"])
@@ -188,3 +199,15 @@ def test_equal_keys_cut_between_heads():
         store, scores, active=[True], budget="per_layer", cache_size=1, protect_newest=False
     )
     assert num_kept.tolist() == [1, 0, 2]
+
+
+def test_equal_keys_behind_a_head_without_them():
+    store = make_store([[3, 3, 3]], num_tail=3)
+    scores = torch.full((store.capacity,), -1.0)
+    first = store.cu_seqlens_k[:3].tolist()
+    scores[first[0] : first[0] + 2] = 2.0
+    scores[first[1]] = scores[first[2]] = 1.0  # one place is left for them
+    _, num_kept = check(
+        store, scores, active=[True], budget="per_layer", cache_size=1, protect_newest=False
+    )
+    assert num_kept.tolist() == [2, 1, 0]
