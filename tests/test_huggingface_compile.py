@@ -74,10 +74,11 @@ def test_compiled_errors_are_the_same():
             compiled(tokens(3, 9), past_key_values=cache)
 
 
-def test_recurrent_layers_are_compiled_around():
-    """Their calls are counted outside of the graphs, and all of them are."""
+@pytest.mark.parametrize("name", ["lfm2", "deepseek_v3", "gemma4_shared"])
+def test_layers_are_compiled_around(name):
+    """Calls of recurrent layers are counted outside of the graphs, and all of them are."""
     torch._dynamo.reset()
-    model, policy, ids = build_hybrid("lfm2"), evicting_policy(budget=10), tokens(1, 60)
+    model, policy, ids = build_hybrid(name), evicting_policy(budget=10), tokens(1, 60)
     plain, cache = NAMMCache(model, policy), NAMMCache(model, policy)
     compiled = torch.compile(model.forward, backend="eager")
     with torch.no_grad():

@@ -13,7 +13,10 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/models.md").read_text(encoding="utf-8")
-FEW = ("llama", "qwen3_5_text", "gpt_oss", "gemma2", "falcon_h1", "olmo3")
+FEW = (
+    *("llama", "qwen3_5_text", "gpt_oss", "gemma2", "gemma4_text", "deepseek_v3"),
+    *("falcon_h1", "olmo3"),
+)
 NAMES = re.findall(r"^\| (\S+) \|", PAGE, flags=re.MULTILINE)[1:]
 
 

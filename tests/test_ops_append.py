@@ -40,6 +40,17 @@ def test_append_other_states(num_state):
     assert bool(store.state[store.live].isfinite().all())
 
 
+def test_append_without_values():
+    """Where keys are values too."""
+    store = testing.ragged_store("ragged", head_dim_v=0)
+    expected, new = store.clone(), testing.new_tokens(store, (2, 3), num_cols=3)
+    _call(reference.append_, expected, new)
+    _call(ops.append_, store, new)
+    assert torch.equal(_bits(store.k), _bits(expected.k))
+    assert torch.equal(store.seqused_k, expected.seqused_k)
+    assert store.with_values.v is store.k
+
+
 def test_append_many_rows_uses_threads_and_stays_equal():
     store = testing.ragged_store((3, 0, 9, 1), head_dim=64, room=700)
     new = testing.new_tokens(store, (700, 650), num_cols=700)

@@ -37,6 +37,8 @@ CASES: dict[str, tuple[list[int], int, int, int, int, list[int]]] = {
     "prefill-odd-dims": ([65], 1, 3, 33, 51, [20]),
     "prefill-wide": ([600], 1, 4, 128, 128, [150]),
     "prefill-256": ([257], 1, 2, 256, 8, [20]),
+    "latents": ([70], 1, 16, 576, 576, [20]),
+    "latents-decode": ([300, 20], 1, 128, 576, 576, [1, 1]),
 }
 
 
@@ -152,8 +154,9 @@ def test_no_worse_than_torch(name: str, dtype: str, device: str) -> None:
     call = make(name, DTYPES[dtype], device, spread=2.0)
     out, lse = call.attend()
     want_out, want_lse = call.exact()
-    testing.assert_no_worse_than(out, call.torch_attend(want_out), want_out)
-    testing.assert_no_worse_than(lse, want_lse.float(), want_lse, floor=3e-6)
+    wide = max(1.0, call.q.shape[-1] / 256)  # products are summed one after the other
+    testing.assert_no_worse_than(out, call.torch_attend(want_out), want_out, factor=2 * wide)
+    testing.assert_no_worse_than(lse, want_lse.float(), want_lse, floor=3e-6 * wide)
     assert bool((out[~call.columns] == UNTOUCHED).all())
     assert bool((lse.transpose(1, 2)[~call.columns] == UNTOUCHED).all())
 

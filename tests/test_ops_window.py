@@ -116,7 +116,7 @@ def test_relative_error_of_long_segments(isa, dtype, std):
 
 @pytest.mark.parametrize("isa", testing.isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [1, 7, 8, 33, 40, 80, 256])
+@pytest.mark.parametrize("head_dim", [1, 7, 8, 33, 40, 80, 256, 576])
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_relative_error_of_head_dims(isa, dtype, head_dim, num_groups):
     store, window = _case(

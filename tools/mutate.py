@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Which tests are about what, the likeliest ones first; a file's own test file goes before them.
 CACHE = (
     *("huggingface", "huggingface_hybrids", "huggingface_failures", "huggingface_undo"),
-    *("huggingface_generate", "huggingface_batches"),
+    *("huggingface_kinds", "huggingface_generate", "huggingface_batches"),
     *("huggingface_memory", "huggingface_files", "huggingface_patch", "huggingface_errors"),
     *("huggingface_parallel", "huggingface_compile", "soak", "damaged_files"),
 )

@@ -27,6 +27,7 @@ void append(const AppendParams& p, Parallel parallel) {
       if (n == 0) continue;
       const int64_t row = int64_t{p.seg.cu_seqlens_k[s]} + p.seqused_k[s];
       const auto copy = [&](void* dst, const void* src, const int64_t* strides, int64_t dim) {
+        if (dim == 0) return;  // no values, and no address
         const int64_t offset = b * strides[0] + h * strides[1] + column * strides[2];
         copy_rows(static_cast<char*>(dst) + row * dim * size,
                   static_cast<const char*>(src) + offset * size, n, dim * size, dim * size,

@@ -40,7 +40,7 @@ Prepared<AppendParams, Nothing> prepare_append(const Tensor& k, const Tensor& v,
   copy_strides(k_new, 3, p.k_new_strides);
   copy_strides(v_new, 3, p.v_new_strides);
   p.head_dim = check.size(head_dim, "head_dim");
-  p.head_dim_v = check.size(head_dim_v, "head_dim_v");
+  p.head_dim_v = check.size(head_dim_v, "head_dim_v", 0);
   p.num_state = static_cast<int32_t>(state.size(1));
   p.num_cols = static_cast<int32_t>(k_new.size(2));
   return {check.op(), capacity, p, {}};

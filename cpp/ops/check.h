@@ -141,9 +141,9 @@ class Check {
   }
 
   // A number that a kernel keeps in 32 bits.
-  int32_t size(int64_t value, const char* name) const {
-    STD_TORCH_CHECK(value >= 1 && value <= INT32_MAX, op_, ": ", name, " must be in [1, ",
-                    INT32_MAX, "], got ", value);
+  int32_t size(int64_t value, const char* name, int64_t least = 1) const {
+    STD_TORCH_CHECK(value >= least && value <= INT32_MAX, op_, ": ", name, " must be in [", least,
+                    ", ", INT32_MAX, "], got ", value);
     return static_cast<int32_t>(value);
   }
 

@@ -42,22 +42,11 @@ class LayerReport:
     full_bytes: int
 
     @classmethod
-    def of(
-        cls, kv: RaggedKV, layer: int, padded: int, stock_numbers: int | None = None
-    ) -> LayerReport:
-        """Measure a store.
-
-        Args:
-            kv: the store.
-            layer: its index.
-            padded: columns that it has taken in.
-            stock_numbers: of a token and KV head in a stock cache, if they are not k and v.
-        """
+    def of(cls, kv: RaggedKV, layer: int, padded: int) -> LayerReport:
+        """Measure a store that has taken in ``padded`` columns."""
         h = kv.num_kv_heads
         store, lengths = kv.store.segments, kv.lengths
-        size = store.k.element_size()
-        row_bytes = (store.k.shape[1] + store.v.shape[1]) * size
-        stock = row_bytes if stock_numbers is None else stock_numbers * size
+        row_bytes = (store.k.shape[1] + store.v.shape[1]) * store.k.element_size()
         kept = [
             n if kv.seen[s // h] >= kv.n_up else lengths[s] for s, n in enumerate(kv.store.kept)
         ]
@@ -78,7 +67,7 @@ class LayerReport:
             peak_kv_bytes=kv.ledger.peak_kv,
             peak_memory_bytes=kv.ledger.peak_memory,
             peak_bytes=kv.ledger.peak,
-            full_bytes=kv.batch_size * h * padded * stock,
+            full_bytes=kv.batch_size * h * padded * row_bytes,
         )
 
     @property

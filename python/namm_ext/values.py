@@ -22,7 +22,7 @@ class Segments(NamedTuple):
 
     Attributes:
         k: ``[C, D]`` keys after RoPE: float32, bfloat16 or float16; float64 for the reference.
-        v: ``[C, Dv]`` values in the dtype of ``k``.
+        v: ``[C, Dv]`` values in the dtype of ``k``; Dv is 0 where keys are values too.
         pos: ``[C]`` int32 positions, increasing inside a segment.
         state: ``[C, F]`` float32, what a policy remembers of each token; F may be 0.
         cu_seqlens_k: ``[S + 1]`` int32 ends of the slots, starting with 0.
@@ -54,6 +54,11 @@ class Segments(NamedTuple):
     def capacity(self) -> int:
         """C."""
         return self.pos.shape[0]
+
+    @property
+    def with_values(self) -> Segments:
+        """Itself; where Dv is 0, with its keys for values."""
+        return self if self.v.shape[1] else self._replace(v=self.k)
 
     @property
     def live(self) -> Tensor:

@@ -83,6 +83,7 @@ CASES = {
         pytest.param(16, 8, torch.bfloat16, 8, 0, id="D16-bf16-strided-no_state"),
         pytest.param(5, 3, torch.float16, 1, 2, id="D5-fp16-strided"),
         pytest.param(3, 3, torch.float32, 0, 17, id="D3-fp32"),
+        pytest.param(8, 0, torch.bfloat16, 0, 17, id="no_values"),
     ],
 )
 @pytest.mark.parametrize("case", CASES)

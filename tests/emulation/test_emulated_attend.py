@@ -206,7 +206,14 @@ def test_prefill_shapes(head_dim, head_dim_v, groups, dtype):
 @pytest.mark.parametrize("split", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "groups", "dtype"),
-    [(16, 16, 2, FP32), (33, 7, 3, FP32), (5, 5, 1, BF16), (64, 64, 4, FP16), (130, 200, 2, FP32)],
+    [
+        (16, 16, 2, FP32),
+        (33, 7, 3, FP32),
+        (5, 5, 1, BF16),
+        (64, 64, 4, FP16),
+        (130, 200, 2, FP32),
+        (576, 576, 16, BF16),
+    ],
 )
 def test_simt(head_dim, head_dim_v, groups, dtype, split):
     columns = 1 if split else 64 // groups + 2

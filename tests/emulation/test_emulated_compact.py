@@ -82,6 +82,7 @@ def test_compact(kept, order):
         pytest.param(128, 64, torch.float16, 17, id="D128-fp16"),
         pytest.param(5, 3, torch.bfloat16, 0, id="D5-bf16-no_state"),
         pytest.param(6, 2, torch.bfloat16, 2, id="D6-bf16"),
+        pytest.param(8, 0, torch.bfloat16, 2, id="no_values"),
     ],
 )
 def test_rows_of_every_size(head_dim, head_dim_v, dtype, num_state):

@@ -163,8 +163,8 @@ def namm_attention_forward(
     latents, layer.latents = layer.latents, None
     if latents is not None:
         check_module(module)
-        query, value = absorbed(module, query), latents[0].to(query.dtype)
-        key = torch.cat([latents[1].to(query.dtype), value], dim=-1)
+        query, key = absorbed(module, query), torch.cat([*latents[::-1]], dim=-1).to(query.dtype)
+        value = key[..., :0]  # the latents are there already
     if torch.compiler.is_compiling():
         out = torch.ops.namm_ext.layer_forward(
             query, key, value, attention_mask, layer.handle, scale, s_aux, softcap or 0.0,

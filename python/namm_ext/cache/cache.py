@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ..policy import Policy
 from ..policy.origin import say_if_foreign
 from ..ragged import lasting
-from ..report import Report
+from ..report import LayerReport, Report
 from . import files
 from .families import decoder_config, passes_use_cache, readers_of, stock_layers
 from .latent import num_memory_heads
@@ -381,7 +381,11 @@ class NAMMCache(RecurrentCache):
 
         From the host's books: no device synchronisation.
         """
-        reports = [layer.report() for layer in self.memory_layers if layer.kv is not None]
+        reports = [
+            LayerReport.of(layer.kv, layer.layer_idx, layer.padded)
+            for layer in self.memory_layers
+            if layer.kv is not None
+        ]
         kept, live = (
             torch.tensor([[sum(row) for row in rows] for rows in part]).sum(dim=0)
             for part in ([r.kept for r in reports], [r.live for r in reports])
@@ -398,7 +402,7 @@ class NAMMCache(RecurrentCache):
         sliding = sliding_full = 0
         for layer in self.layers:
             if isinstance(layer, NAMMLayer) and layer.kv is not None:
-                layers.append(layer.report())
+                layers.append(LayerReport.of(layer.kv, layer.layer_idx, layer.padded))
             elif isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
                 assert layer.values is not None
                 held = layer.keys.nbytes + layer.values.nbytes

@@ -57,4 +57,5 @@ def _(
     softcap: float = 0.0,
     reader: int = -1,
 ) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    head_dim_v = value.shape[3] or key.shape[3]
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], head_dim_v)

@@ -2,9 +2,9 @@
 
 A token's keys of all heads are ``W_k c`` beside one rotated part r, its values ``W_v c``, of one
 latent c. transformers caches c and r and expands them behind the cache. Here the weights are moved
-to the other side (*absorbed*): queries (q_r, ``W_k^T q``) meet one head of keys (r, c) and
-values c, and ``W_v`` makes heads of what comes out. The same numbers but for rounding, and a
-memory that holds latents.
+to the other side (*absorbed*): queries (q_r, ``W_k^T q``) meet one head of keys (r, c), which are
+values too, and ``W_v`` makes heads of what comes out of c. The same numbers but for rounding, and
+a memory that holds latents once, as many numbers as the stock cache.
 """
 
 from __future__ import annotations
@@ -89,6 +89,6 @@ def absorbed(module: nn.Module, query: Tensor) -> Tensor:
 
 
 def headed(module: nn.Module, out: Tensor) -> Tensor:
-    """Attention over latents ``[B, L, Hq, rank]`` as the model's heads ``[B, L, Hq, Dv]``."""
+    """Attention over keys ``[B, L, Hq, rope + rank]`` as the model's heads ``[B, L, Hq, Dv]``."""
     _, values = _weights(module)
-    return torch.einsum("blhr,hvr->blhv", out, values.to(out.dtype))
+    return torch.einsum("blhr,hvr->blhv", out[..., -values.shape[2] :], values.to(out.dtype))

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ..ragged import RaggedKV, Replay
-from ..report import LayerReport
 from ..transfer import waits
 from . import compiled
-from .latent import caches_latents, num_memory_heads, wait_for_attention
+from .latent import num_memory_heads, wait_for_attention
 from .recurrent import refuse
 from .session import Session
 
@@ -274,13 +273,6 @@ class NAMMLayer(CacheLayerMixin):
         if reader == self.session.last:
             self.session.commit()
         return out
-
-    def report(self) -> LayerReport:
-        """What the memory holds now."""
-        assert self.kv is not None
-        latents = caches_latents(self.session.config)
-        stock = self.kv.store.segments.k.shape[1] if latents else None
-        return LayerReport.of(self.kv, self.layer_idx, self.padded, stock)
 
     def advance(self, seen: tuple[int, ...]) -> None:
         """A token came in for every row, and the device knows already.

@@ -153,7 +153,7 @@ def _read(model: Any, ids: Sequence[int], later: Later) -> list[LayerReading]:
     readings = []
     for layer in cache.memory_layers:
         assert layer.kv is not None
-        segments = layer.kv.store.segments
+        segments = layer.kv.store.segments.with_values
         rows = [slice(r.start, r.start + len(ids)) for r in segments.slices()]
         k, v, state = (
             torch.stack([tensor[r] for r in rows])

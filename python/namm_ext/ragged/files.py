@@ -132,7 +132,8 @@ def _check_sizes(tensors: dict[str, Tensor]) -> None:
         _require(tensors["softcap"].dtype in _REAL, "softcap must be a float tensor")
         cap = float(tensors["softcap"])
         _require(math.isfinite(cap) and cap > 0, "softcap must be finite and positive")
-    for name in ("k", "v", "q_window"):
+    _require(tensors["v"].shape[-1] <= 2**16, "v must have a head dimension")
+    for name in ("k", "q_window"):
         _require(0 < tensors[name].shape[-1] <= 2**16, f"{name} must have a head dimension")
     heads = tensors["q_window"].shape[1]
     _require(

@@ -44,7 +44,7 @@ def attend_piece(
     real = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=real)
     ops.attend_(
-        out, lse, q, segments, piece.first, piece.num_new, piece.pos_first,
+        out, lse, q, segments.with_values, piece.first, piece.num_new, piece.pos_first,
         softmax_scale=softmax_scale, softcap=softcap,
     )  # fmt: skip
     if sink_logits is not None:

@@ -58,7 +58,8 @@ class RaggedKV:
     Args:
         policy: decides what stays; on the device of the store.
         batch_size, num_kv_heads, num_heads, head_dim, head_dim_v: sizes; ``num_heads`` counts
-            query heads, a multiple of ``num_kv_heads``.
+            query heads, a multiple of ``num_kv_heads``; ``head_dim_v`` is 0 where keys are values
+            too.
         softmax_scale: factor on ``q k^T``.
         softcap: bound of the logits, 0 for none.
         dtype: of k, v and q. State and log-sum-exps are float32, or float64 with float64.
@@ -187,11 +188,11 @@ class RaggedKV:
             replay: to be told what the queries of each piece could see.
 
         Returns:
-            ``[B, L, Hq, Dv]``; zero in padding columns.
+            ``[B, L, Hq, Dv or D]``; zero in padding columns.
         """
         if self.overdue is not None:
             self.update(self.overdue)
-        shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[3] or k.shape[3])
         dense = sum(p.width for p in pieces if p.columns is not None) == q.shape[2]
         out = q.new_empty(shape) if dense else q.new_zeros(shape)
         for piece in pieces:
@@ -242,7 +243,7 @@ class RaggedKV:
         """What stays of the rows that are due, known to the device alone."""
         segments = self.store.segments
         context = UpdateContext(
-            segments=segments,
+            segments=segments.with_values,
             window=Window(self.q_window, self.lse_window, due.pos_q, due.active),
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
