@@ -11,10 +11,12 @@ from hf_models import evicting_policy, positions, tokens
 from hybrid_models import build_hybrid
 from namm_ext import Budget, NAMMCache, NAMMConfig, remove
 from namm_ext.baselines import NeverEvict, StreamingLLM
+from namm_ext.cache.versions import VERSION
 from namm_ext.fitting import FitConfig, Later, Text, fit
 from transformers import DynamicCache
 
 CUTS = (0, 40, 41, 60, 75)
+latents = pytest.mark.skipif(VERSION < (5, 17), reason="transformers expands them")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "vaultgemma"])
@@ -102,6 +104,7 @@ def test_a_reader_holds_no_stores_of_a_long_call():
     assert cache.memory_layers[1].replay is None
 
 
+@latents
 @torch.no_grad()
 def test_a_memory_of_latents(tmp_path):
     """One head of latents for all query heads; bytes are counted against the stock cache's."""
@@ -138,6 +141,7 @@ def test_latents_in_16_bits_are_as_good_as_stock():
     assert ours <= 1.5 * theirs
 
 
+@latents
 @torch.no_grad()
 def test_weights_that_cannot_be_absorbed_are_refused():
     model, ids = build_hybrid("deepseek_v3"), tokens(1, 20)
@@ -148,6 +152,7 @@ def test_weights_that_cannot_be_absorbed_are_refused():
         model(ids, past_key_values=NAMMCache(model, NeverEvict(n_up=16)))
 
 
+@latents
 def test_latents_are_calibrated_and_fitted():
     model = build_hybrid("deepseek_v3", torch.float32)
     texts = [Text(tuple(row), (Later(tuple(row)),)) for row in tokens(3, 64).tolist()]
