@@ -11,6 +11,7 @@ from hf_models import evicting_policy, positions, tokens
 from hybrid_models import build_hybrid
 from namm_ext import Budget, NAMMCache, NAMMConfig, remove
 from namm_ext.baselines import NeverEvict, StreamingLLM
+from namm_ext.cache import layer, session
 from namm_ext.cache.versions import VERSION
 from namm_ext.fitting import FitConfig, Later, Text, fit
 from transformers import DynamicCache
@@ -49,7 +50,7 @@ def test_layers_that_read_what_another_remembers(name):
     at = (mask.cumsum(1) - 1).clamp(min=0)
     alone = NAMMCache(model, evicting_policy(budget=9))
     want = model(ids[:1, 9:], past_key_values=alone).logits
-    for cuts in ((0, 75), CUTS):
+    for cuts in ((0, 75), (0, 20, 75), CUTS):
         cache = NAMMCache(model, evicting_policy(budget=9))
         logits = torch.cat(
             [
@@ -64,8 +65,8 @@ def test_layers_that_read_what_another_remembers(name):
             dim=1,
         )
         torch.testing.assert_close(logits[:1, 9:], want, atol=1e-9, rtol=1e-9)
-        assert all(layer.replay is None for layer in cache.memory_layers)
-        owner = next(layer for layer in cache.memory_layers if layer.readers)
+        assert all(x.replay is None for x in cache.memory_layers)
+        owner = next(x for x in cache.memory_layers if x.readers)
         assert [positions(owner, 0), positions(owner, 1)] == [
             positions(alone.memory_layer(owner.layer_idx), 0),
             positions(owner, 1),
@@ -163,3 +164,32 @@ def test_latents_are_calibrated_and_fitted():
     with torch.no_grad():
         model(tokens(1, 64), past_key_values=cache)
     assert cache.report().kept_fraction == pytest.approx(0.5, abs=0.02)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_not_known_to_read_is_refused():
+    model, ids = build_hybrid("gemma4_shared"), tokens(1, 20)
+    cache = NAMMCache(model, NeverEvict(n_up=16))
+    owner = next(x for x in cache.memory_layers if x.readers)
+    unknown, *owner.readers = owner.readers
+    with pytest.raises(ValueError, match=f"are used more than once, by layer {unknown}, and"):
+        model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["gemma4_shared", "deepseek_v3"])
+@torch.no_grad()
+def test_updates_at_the_end_of_a_call(name, monkeypatch):
+    """As on a device that the host would wait for: all layers' updates are made together."""
+    model, ids = build_hybrid(name), tokens(2, 75)
+
+    def read():
+        cache = NAMMCache(model, evicting_policy(budget=9))
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(CUTS)]
+        return torch.cat(parts, dim=1), [positions(x, 1) for x in cache.memory_layers]
+
+    want, kept = read()
+    for module in (layer, session):
+        monkeypatch.setattr(module, "waits", lambda device: True)
+    got, together = read()
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    assert together == kept
