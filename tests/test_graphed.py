@@ -8,6 +8,7 @@ import namm_ext
 import pytest
 import torch
 from hf_models import COMMON, build, evicting_policy, gemma3_config, positions, tokens
+from hybrid_models import build_hybrid
 from namm_ext import NAMMCache, baselines
 from namm_ext.cache import layer, session
 from recorded_graph import RecordedGraph
@@ -97,6 +98,18 @@ def test_the_logits_and_the_memory_are_those_of_decoding(name, padding, model):
     mask = torch.cat([mask, mask.new_ones(2, STEPS + 9)], dim=1)
     a, b = (model(more, attention_mask=mask, past_key_values=each) for each in (cache, other))
     assert torch.equal(a.logits, b.logits)
+
+
+@torch.no_grad()
+def test_latents():
+    model, policy = build_hybrid("minicpm3", torch.float32), POLICIES["namm"]()
+    cache, mask, ids = prompt(model, policy, 2)
+    want = eager(model, cache, mask, ids)
+    other, _, _ = prompt(model, policy, 2)
+    step = namm_ext.graphed(model, other, make_graph=Recorder())
+    for t, logits in enumerate(want):
+        assert torch.equal(step(ids[:, t : t + 1]), logits)
+    assert state(other) == state(cache)
 
 
 @torch.no_grad()
