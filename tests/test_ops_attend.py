@@ -172,10 +172,9 @@ def _written_out(call: Call) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "name", ["some-empty", "decode-G4", "decode-odd-dims", "decode-split", "prefill-ragged",
-             "prefill-odd-dims", "prefill-wide"],
-)  # fmt: skip
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 3.0), (-1.0, 3.0), (1.0, 50.0), (0.0, 1.0)])
+    "name", ["some-empty", "decode-odd-dims", "decode-split", "prefill-odd-dims", "prefill-wide"]
+)
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 3.0), (-1.0, 3.0), (0.0, 1.0)])
 def test_bounded_logits(name: str, dtype: str, scale: float, softcap: float, device: str) -> None:
     """Of standard deviation 4 before the bound: most logits are near it, or none."""
     call = make(name, DTYPES[dtype], device, spread=4.0)

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-
-if TYPE_CHECKING:
-    from .layer import NAMMLayer
 
 _waiting = threading.local()
 
@@ -37,15 +34,15 @@ def num_memory_heads(config: PreTrainedConfig) -> int | None:
     return 1 if caches_latents(config) else getattr(config, "num_key_value_heads", None)
 
 
-def wait_for_attention(layer: NAMMLayer) -> None:
-    """The keys that attention will get are made of what this layer has handed out."""
+def wait_for_attention(layer: Any) -> None:
+    """The keys that attention will get are made of what this memory of a layer has handed out."""
     _waiting.layer = weakref.ref(layer)
 
 
-def waiting_layer(module: nn.Module) -> NAMMLayer | None:
-    """The layer whose latents the attention of ``module`` has expanded, if there is one."""
+def waiting_layer(module: nn.Module) -> Any:
+    """The memory whose latents the attention of ``module`` has expanded; None if there is none."""
     reference = getattr(_waiting, "layer", None)
-    layer: NAMMLayer | None = None if reference is None else reference()
+    layer = None if reference is None else reference()
     if layer is None or layer.latents is None or not layer.pending:
         return None
     config = getattr(module, "config", None)
