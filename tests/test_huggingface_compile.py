@@ -74,7 +74,10 @@ def test_compiled_errors_are_the_same():
             compiled(tokens(3, 9), past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "deepseek_v3", "gemma4_shared"])
+@pytest.mark.parametrize(
+    "name",
+    ["lfm2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("deepseek_v3", "gemma4_shared"))],
+)
 def test_layers_are_compiled_around(name):
     """Calls of recurrent layers are counted outside of the graphs, and all of them are."""
     torch._dynamo.reset()
