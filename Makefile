@@ -52,12 +52,14 @@ build/versions/%/.installed: | $(VENV)/.built
 	$(RUN) -m pip install --quiet --upgrade --target $(@D) transformers$(if $(filter newest,$*),,==$*)
 	@touch $@
 
+# On several cores, as few tests use more than one.
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: $(VENV)/.built
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # Everything, the slow tests too.
 test-all: $(VENV)/.built
-	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 # The torch-free kernels under AddressSanitizer and UBSan, on every instruction set of this machine.
 # Then isa_objects on the objects that are shipped, which take a plain build of the kernels alone.
