@@ -251,7 +251,7 @@ def test_wheel_with_cuda_ops_works_on_any_torch(tmp_path):
     command = [
         *pip, "wheel", "--no-index", "--no-build-isolation", "--no-deps",
         "-Ccmake.define.NAMM_CUDA=ON", "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=90-real",
-        f"-Cbuild-dir={tmp_path}/build", "-w", str(tmp_path), str(ROOT),
+        f"-Cbuild-dir={ROOT}/build/wheel-check", "-w", str(tmp_path), str(ROOT),
     ]  # fmt: skip
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("namm_ext-*.whl")

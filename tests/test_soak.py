@@ -53,7 +53,7 @@ class CacheMachine(RuleBasedStateMachine):
     def took(self, ids, mask):
         self.ids, self.mask = torch.cat([self.ids, ids], 1), mask
 
-    @rule(width=st.integers(1, 24), pads=st.tuples(st.integers(0, 9), st.integers(0, 9)))
+    @rule(width=st.integers(1, 16), pads=st.tuples(st.integers(0, 9), st.integers(0, 9)))
     def feed(self, width, pads):
         ids, mask = self.draw(width, pads)
         self.read(self.cache, ids, mask)
@@ -89,7 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.ids.shape[1]:
             self.read(self.cache, self.ids, self.mask)
 
-    @rule(removed=st.integers(0, 24))
+    @rule(removed=st.integers(0, 16))
     def crop(self, removed):
         removed = min(removed, self.ids.shape[1])
         try:
