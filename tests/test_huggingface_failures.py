@@ -73,8 +73,7 @@ def gated(policy, config):
 
 
 KINDS = ("plain", "hybrid", "recurrent", "padded", "recording", "gated")
-#: A call fails at one of so many points: by default, and in the slow test. (All 12,883 lines pass
-#: too, in ten minutes.)
+#: A call fails at one of so many points: by default, and in the slow test.
 PLACES = {"parts": (AroundParts, 9, 1), "lines": (AtLines, 97, 11)}
 
 
